@@ -1,0 +1,25 @@
+"""The raw example that every text source yields and that one tokenising path takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TextExample:
+    """One labelled text before tokenisation.
+
+    Attributes:
+        sample_id: Row index in its split; stable for the same source and settings.
+        text: A string, or a list of words where the source is already split into tokens.
+        label: Class index; None where the data carries no labels.
+        text_pair: The second sentence of a pair, in the form of ``text``.
+        rationale: 1 on the words that a human (or the grammar) marked as evidence, 0 elsewhere; one entry per
+            word of ``text``, which is then a list of words. None where no rationale is known.
+    """
+
+    sample_id: int
+    text: str | list[str]
+    label: int | None
+    text_pair: str | list[str] | None = None
+    rationale: list[int] | None = None

@@ -1,0 +1,77 @@
+"""`attribute`: one call from a model and a batch to an attribution."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from calig.pipeline.attribution.inside import with_readout_special
+from calig.pipeline.attribution.methods import create_method
+from calig.pipeline.attribution.model import ExplainableModel
+from calig.pipeline.attribution.objective import ClassLogit, Objective, resolve_target
+from calig.pipeline.attribution.result import Attribution
+
+
+def attribute(
+    model: nn.Module | ExplainableModel,
+    batch: dict[str, Any],
+    method: str = "ca_lig",
+    *,
+    target: str | int | list[int] | Tensor | None = None,
+    objective: Objective | None = None,
+    tokenizer: Any = None,
+    special_tokens_mask: Tensor | None = None,
+    **options: Any,
+) -> Attribution | list[Attribution]:
+    """Attribute a model's decision to its input tokens.
+
+    Works in every context (training, `no_grad`, `inference_mode`, autocast) and leaves the model as it was.
+
+    Args:
+        model: A Hugging Face classifier, or an `ExplainableModel` around one.
+        batch: What the model's forward takes: `input_ids` (B, T), `attention_mask` (B, T) and so on.
+        method: One of `available_methods()`.
+        target: Class to explain: None or "predicted", "label" (from `batch["labels"]`), an index, one index per
+            example (B,), or K per example (B, K).
+        objective: What to explain instead of a class logit; excludes `target`.
+        tokenizer: Names special tokens and the tokens of the `mask` and `unk` baselines.
+        special_tokens_mask: (B, T) 1 on special tokens; without it the tokenizer, then the model's config decide.
+        **options: Options of the method, for example `steps=16`, `baseline="pad"`, `path="shared"`, `lam=0.5`.
+
+    Returns:
+        The attribution; for `target` of shape (B, K) a list of K.
+
+    Raises:
+        InputError: An unknown method or option, or a target or mask that does not fit.
+        UnsupportedModelError: The model's blocks or attention maps cannot be reached.
+
+    Example::
+
+        result = attribute(model, tokenizer(["not bad at all"], return_tensors="pt"), tokenizer=tokenizer)
+        result.scores           # (1, T), signed
+        result.layer_scores     # (1, L, T)
+        result.completeness_gap # (1, L + 1)
+    """
+    if objective is not None and target is not None:
+        raise ValueError("give either a target or an objective, not both")
+    explainer = create_method(method, options)
+    wrapped = model if isinstance(model, ExplainableModel) else ExplainableModel(model, tokenizer=tokenizer)
+    with wrapped.session():
+        inputs = wrapped.prepare(batch, special_tokens_mask)
+        if objective is not None:
+            goals = [objective]
+        else:
+            labels = batch.get("labels")
+            indices = resolve_target(target, wrapped.logits(inputs), labels)
+            goals = [ClassLogit(indices)] if indices.ndim == 1 else [ClassLogit(column) for column in indices.T]
+        if not inputs.special.any() and not wrapped.names_special_tokens and special_tokens_mask is None:
+            warnings.warn(
+                "no special tokens are known (no mask, no tokenizer, none in the model's config): only padding and "
+                "the read-out position are kept in the baseline. Pass `tokenizer=` or `special_tokens_mask=`.",
+                stacklevel=2,
+            )
+            inputs = with_readout_special(wrapped, inputs, goals[0])
+        results = [explainer.attribute(wrapped, inputs, goal) for goal in goals]
+    return results if objective is None and indices.ndim == 2 else results[0]

@@ -1,0 +1,49 @@
+"""Attention rollout (Abnar & Zuidema 2020; METHODS 5.2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from calig.pipeline.attribution.methods.base import AttributionMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from calig.pipeline.attribution.model import ExplainableModel, Inputs
+    from calig.pipeline.attribution.objective import Objective
+    from calig.pipeline.attribution.result import Attribution
+
+
+class AttentionRollout(AttributionMethod):
+    """Mean attention with the residual path, multiplied over the blocks: where attention goes, not for which class.
+
+    Never negative, the same for every class. `layer_scores[:, l]` is the read-out row of the product of blocks 1..l.
+    """
+
+    name = "attention_rollout"
+    summary = "attention with its residual path, multiplied over the blocks"
+    source = "Abnar & Zuidema 2020; METHODS 5.2"
+    needs_attention = True
+
+    def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:
+        """See `AttributionMethod.attribute`."""
+        import torch
+
+        from calig.pipeline.attribution import inside, rollout
+        from calig.pipeline.attribution.build import build_attribution
+
+        def combine(attention: Tensor, _gradient: Tensor, mask: Tensor) -> Tensor:
+            return rollout.mask_pairs(attention.mean(dim=1), mask)
+
+        ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
+        matrices, readout = inside.attention_matrices(model, inputs, objective, combine)
+        identity = torch.eye(inputs.mask.shape[1], dtype=matrices[0].dtype, device=matrices[0].device)
+        total = identity.expand_as(matrices[0])
+        rows = []
+        for matrix in matrices:
+            total = (0.5 * matrix + 0.5 * identity) @ total
+            rows.append(rollout.read_row(total, readout))
+        layers = torch.stack(rows, dim=1)
+        return build_attribution(
+            self, inputs, objective, ends.output_change, layers[:, -1], layer_scores=layers
+        )

@@ -1,0 +1,110 @@
+"""Attention gradients, fusion and rollout: the algebra on (B, T, T) matrices, row = query, column = key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Fusion = Literal["diagonal", "column", "gated", "late"]
+
+
+def normalise(values: Tensor) -> Tensor:
+    """N(.) of METHODS 2.3: divide each example by its largest absolute entry; all-zero stays zero.
+
+    Args:
+        values: (B, ...) zero at padding.
+    """
+    peak = values.abs().flatten(1).amax(dim=1).view(-1, *[1] * (values.ndim - 1))
+    return torch.where(peak > 0, values / peak.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+
+
+def attention_gradient(attention: Tensor, gradient: Tensor, mask: Tensor, *, positive: bool) -> Tensor:
+    """Class-specific attention gradient (METHODS 2.2).
+
+    Args:
+        attention: (B, H, T, T) probabilities.
+        gradient: (B, H, T, T) gradient of the objective with respect to them; not zero at padding, even where the
+            attention is.
+        mask: (B, T) true on real positions.
+        positive: Keep the positive part of each head before the mean over heads (Chefer et al. 2021).
+
+    Returns:
+        (B, T, T), zero in rows and columns of padding.
+    """
+    product = attention * gradient
+    return mask_pairs((product.clamp_min(0) if positive else product).mean(dim=1), mask)
+
+
+def mask_pairs(matrix: Tensor, mask: Tensor) -> Tensor:
+    """Set rows and columns of padding in (..., T, T) to 0; `torch.where`, because a masked row may be NaN."""
+    pairs = mask[:, :, None] & mask[:, None, :]
+    return torch.where(pairs.view(len(mask), *[1] * (matrix.ndim - 3), *pairs.shape[1:]), matrix, 0.0)
+
+
+def read_row(matrix: Tensor, readout: Tensor) -> Tensor:
+    """Row w of a matrix: (B, T) from (B, T, T) and read-out weights (B, T)."""
+    return torch.einsum("bq,bqk->bk", readout.to(matrix.dtype), matrix)
+
+
+def rollout(factors: Sequence[Tensor], readout: Tensor) -> Tensor:
+    """Relevance rollout (METHODS 2.4): `R^l = R^{l-1} + F^l R^{l-1}`, read at row w of `R^l - I`.
+
+    Args:
+        factors: F^1 to F^L, each (B, T, T).
+        readout: (B, T) weights w.
+
+    Returns:
+        (B, L, T): the layer-wise relevance map.
+    """
+    size = factors[0].shape[-1]
+    identity = torch.eye(size, dtype=factors[0].dtype, device=factors[0].device)
+    total = identity.expand_as(factors[0])
+    rows = []
+    for factor in factors:
+        total = total + factor @ total
+        rows.append(read_row(total - identity, readout))
+    return torch.stack(rows, dim=1)
+
+
+def fuse(evidence: Tensor, gradients: Sequence[Tensor], mask: Tensor, *, fusion: Fusion, lam: float) -> list[Tensor]:
+    """The factors F^l of METHODS 2.3 for the forms that have one; block l takes the evidence of its inputs, r^{l-1}.
+
+    Args:
+        evidence: (B, L+1, T) r^0 to r^L.
+        gradients: G^1 to G^L, each (B, T, T).
+        mask: (B, T) true on real positions.
+        fusion: `diagonal`, `column` or `gated`.
+        lam: The coefficient lambda; `gated` has none.
+    """
+    factors = []
+    real = mask.sum(dim=1).to(evidence.dtype)[:, None, None]
+    for layer, gradient in enumerate(gradients):
+        own = normalise(evidence[:, layer])
+        # "1 r'": every real query row holds the evidence of the keys.
+        keys = mask_pairs(own[:, None, :].expand_as(gradient), mask)
+        if fusion == "diagonal":
+            factors.append(lam * torch.diag_embed(own) + (1 - lam) * normalise(gradient))
+        elif fusion == "column":
+            factors.append(lam * keys / real + (1 - lam) * normalise(gradient))
+        elif fusion == "gated":
+            factors.append(normalise(gradient.abs() * keys))
+        else:
+            raise ValueError(f"fusion '{fusion}' has no factors of its own")
+    return factors
+
+
+def fuse_late(evidence: Tensor, gradients: Sequence[Tensor], readout: Tensor, *, lam: float) -> Tensor:
+    """The `late` form of METHODS 2.3: evidence summed over layers beside the rollout of the attention gradients.
+
+    Returns:
+        (B, L, T).
+    """
+    own = torch.stack([normalise(evidence[:, layer]) for layer in range(len(gradients))], dim=1).cumsum(dim=1)
+    flow = rollout(gradients, readout)
+    layers = [
+        lam * normalise(own[:, layer]) + (1 - lam) * normalise(flow[:, layer]) for layer in range(len(gradients))
+    ]
+    return torch.stack(layers, dim=1)
