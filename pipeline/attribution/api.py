@@ -61,7 +61,7 @@ def attribute(
     with wrapped.session():
         inputs = wrapped.prepare(batch, special_tokens_mask)
         if objective is not None:
-            goals = [objective]
+            goals: list[Objective] = [objective]
         else:
             labels = batch.get("labels")
             indices = resolve_target(target, wrapped.logits(inputs), labels)

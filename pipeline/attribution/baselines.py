@@ -59,7 +59,7 @@ def _embedding_row(model: ExplainableModel, baseline: Baseline) -> Tensor:
             return weight.mean(dim=0)
     if token is None:
         raise InputError(
-            f"baseline '{baseline}' needs a tokenizer with a {baseline} token; pass `tokenizer=` or take 'pad' or 'mean'."
+            f"baseline '{baseline}' needs a tokenizer with a {baseline} token; pass `tokenizer=` or take 'mean'."
         )
     # A model may embed through more than a look-up (a scale, say): let its own module embed the token.
     ids = torch.tensor([[token]], device=weight.device)

@@ -68,6 +68,15 @@ class Trace:
     attentions: list[Tensor] = field(default_factory=list)
 
 
+def forward_inputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a batch that a model's forward takes, without the labels (a loss is nobody's business here)."""
+    parameters = inspect.signature(module.forward).parameters
+    names = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    # A forward that is nothing but *args, **kwargs says nothing about what it takes.
+    takes_all = not names - {"args", "self"}
+    return {key: value for key, value in batch.items() if key != "labels" and (takes_all or key in names)}
+
+
 class ExplainableModel:
     """Wraps a live model; it is never copied, converted or left changed.
 
@@ -88,7 +97,6 @@ class ExplainableModel:
         self.structure: Structure = find_structure(model)
         self._depth: int | None = None
         self._returns_tuple = False
-        self._open = False
         self._has_interface: bool | None = None
 
     @property
@@ -104,31 +112,24 @@ class ExplainableModel:
         return self._depth
 
     @contextmanager
-    def session(self) -> Iterator[ExplainableModel]:
-        """Everything the engine needs to differ while it works, put back afterwards, also after an exception.
-
-        Inside: evaluation mode, gradients on (also under `no_grad` and `inference_mode`), autocast off.
-        """
-        if self._open:
-            yield self
-            return
+    def evaluation(self) -> Iterator[ExplainableModel]:
+        """Evaluation mode with autocast off; every flag is back afterwards, also after an exception."""
         training = [module for module in self.module.modules() if module.training]
-        device_type = self.device.type
         try:
-            self._open = True
             # Flags are set one by one: `.eval()` and `.train()` may be overridden and do more than set flags.
             for module in training:
                 module.training = False
-            with (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                torch.autocast(device_type, enabled=False),
-            ):
+            with torch.autocast(self.device.type, enabled=False):
                 yield self
         finally:
-            self._open = False
             for module in training:
                 module.training = True
+
+    @contextmanager
+    def session(self) -> Iterator[ExplainableModel]:
+        """What the engine works in: `evaluation`, with gradients on, also under `no_grad` and `inference_mode`."""
+        with self.evaluation(), torch.inference_mode(False), torch.enable_grad():
+            yield self
 
     # ------------------------------------------------------------------------------------------------ inputs
 
@@ -142,11 +143,9 @@ class ExplainableModel:
         Raises:
             InputError: No `input_ids`, or a mask of another shape.
         """
-        accepted = self._forward_arguments()
         kept = {
             key: value.detach().clone().to(self.device) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-            if key != "labels" and (accepted is None or key in accepted)
+            for key, value in forward_inputs(self.module, batch).items()
         }
         ids = kept.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2:
@@ -163,12 +162,6 @@ class ExplainableModel:
             if special.shape != ids.shape:
                 raise InputError(f"special_tokens_mask has shape {tuple(special.shape)}, input_ids {tuple(ids.shape)}.")
         return Inputs(kept, mask, special & mask)
-
-    def _forward_arguments(self) -> set[str] | None:
-        parameters = inspect.signature(self.module.forward).parameters
-        names = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
-        # A forward that is nothing but *args, **kwargs says nothing about what it takes.
-        return names if names - {"args", "self"} else None
 
     @property
     def names_special_tokens(self) -> bool:
@@ -244,7 +237,7 @@ class ExplainableModel:
         try:
             for block in dict.fromkeys(self.structure.blocks):
                 originals.append((block, block.__dict__.get("forward")))
-                block.forward = wrap(block.forward)  # type: ignore[method-assign]
+                block.forward = wrap(block.forward)
             yield
         finally:
             for block, previous in originals:

@@ -13,13 +13,12 @@ from calig.pipeline.errors import InputError
 
 
 class Objective(Protocol):
-    """A scalar per row of a model's output.
+    """A scalar per row of a model's output."""
 
-    Attributes:
-        target: (B,) index of what is explained in each example.
-    """
-
-    target: Tensor
+    @property
+    def target(self) -> Tensor:
+        """(B,) index of what is explained in each example."""
+        ...
 
     def __call__(self, output: Any, rows: Tensor) -> Tensor:
         """Read the objective.

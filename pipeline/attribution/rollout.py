@@ -104,7 +104,5 @@ def fuse_late(evidence: Tensor, gradients: Sequence[Tensor], readout: Tensor, *,
     """
     own = torch.stack([normalise(evidence[:, layer]) for layer in range(len(gradients))], dim=1).cumsum(dim=1)
     flow = rollout(gradients, readout)
-    layers = [
-        lam * normalise(own[:, layer]) + (1 - lam) * normalise(flow[:, layer]) for layer in range(len(gradients))
-    ]
+    layers = [lam * normalise(own[:, layer]) + (1 - lam) * normalise(flow[:, layer]) for layer in range(len(gradients))]
     return torch.stack(layers, dim=1)

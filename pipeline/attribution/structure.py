@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -47,5 +48,6 @@ def find_structure(model: nn.Module) -> Structure:
         raise UnsupportedModelError(
             f"no stack of blocks was found in '{family}': looked for an nn.ModuleList whose elements are of one type."
         )
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if getter is not None else None
     return Structure(tuple(best), embedding if isinstance(embedding, nn.Module) else None, family)

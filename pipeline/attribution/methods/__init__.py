@@ -26,9 +26,9 @@ def _registry() -> dict[str, type[AttributionMethod]]:
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         for item in vars(module).values():
-            if isinstance(item, type) and issubclass(item, AttributionMethod) and item.__module__ == module.__name__:
-                if name := item.__dict__.get("name"):
-                    found[name] = item
+            own = isinstance(item, type) and issubclass(item, AttributionMethod) and item.__module__ == module.__name__
+            if own and (name := item.__dict__.get("name")):
+                found[name] = item
     return dict(sorted(found.items()))
 
 

@@ -24,6 +24,7 @@ class AttentionRollout(AttributionMethod):
     summary = "attention with its residual path, multiplied over the blocks"
     source = "Abnar & Zuidema 2020; METHODS 5.2"
     needs_attention = True
+    signed = False
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:
         """See `AttributionMethod.attribute`."""
@@ -44,6 +45,4 @@ class AttentionRollout(AttributionMethod):
             total = (0.5 * matrix + 0.5 * identity) @ total
             rows.append(rollout.read_row(total, readout))
         layers = torch.stack(rows, dim=1)
-        return build_attribution(
-            self, inputs, objective, ends.output_change, layers[:, -1], layer_scores=layers
-        )
+        return build_attribution(self, inputs, objective, ends.output_change, layers[:, -1], layer_scores=layers)

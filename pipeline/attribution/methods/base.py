@@ -62,6 +62,8 @@ class AttributionMethod(ABC):
     """The paper, and the section of METHODS.md."""
     needs_attention: ClassVar[bool] = False
     """Whether the attention maps of the model are needed."""
+    signed: ClassVar[bool] = True
+    """Whether scores below zero can occur."""
     Options: ClassVar[type] = BaselineOptions
 
     def __init__(self, options: Any) -> None:

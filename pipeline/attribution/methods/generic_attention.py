@@ -21,6 +21,7 @@ class GenericAttention(AttributionMethod):
     summary = "positive attention times gradient, rolled out over the blocks"
     source = "Chefer et al. 2021; METHODS 5.4"
     needs_attention = True
+    signed = False
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:
         """See `AttributionMethod.attribute`."""
@@ -33,6 +34,4 @@ class GenericAttention(AttributionMethod):
         ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
         factors, readout = inside.attention_matrices(model, inputs, objective, combine)
         layers = rollout.rollout(factors, readout)
-        return build_attribution(
-            self, inputs, objective, ends.output_change, layers[:, -1], layer_scores=layers
-        )
+        return build_attribution(self, inputs, objective, ends.output_change, layers[:, -1], layer_scores=layers)

@@ -33,9 +33,7 @@ class InputXGradient(AttributionMethod):
         ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
         embedded = ends.end[0]
         assert embedded is not None
-        line = LayerPath(
-            model, inputs, objective, torch.zeros_like(embedded), embedded, start=0, layers=[0]
-        )
+        line = LayerPath(model, inputs, objective, torch.zeros_like(embedded), embedded, start=0, layers=[0])
         rows = torch.arange(len(inputs), device=model.device)
         here = line.evaluate(rows, torch.ones(len(inputs), dtype=torch.float64, device=model.device))
         scores = (embedded * here.gradients[:, 0]).sum(dim=-1)

@@ -1,0 +1,101 @@
+"""Pictures and pages to whichever loggers a Trainer has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+
+
+def logger_kind(logger: Any) -> str:
+    """Tell `wandb`, `tensorboard` and `other` apart, by the class name along the ancestors.
+
+    `lightning` and `pytorch_lightning` have a class each of the same name.
+    """
+    names = {cls.__name__ for cls in type(logger).__mro__}
+    if "WandbLogger" in names:
+        return "wandb"
+    return "tensorboard" if "TensorBoardLogger" in names else "other"
+
+
+class MediaLog:
+    """Writes HTML, images and tables to the loggers that can show them; scalars go through `Trainer` as ever.
+
+    A logger that fails is named once and left alone for the rest of the run: it never ends a training.
+
+    Args:
+        loggers: The Trainer's loggers.
+    """
+
+    def __init__(self, loggers: Sequence[Any]) -> None:
+        self.loggers = list(loggers)
+
+    def log(
+        self,
+        step: int,
+        *,
+        html: Mapping[str, str] | None = None,
+        images: Mapping[str, Image.Image] | None = None,
+        tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] | None = None,
+    ) -> None:
+        """Log media under their keys.
+
+        Args:
+            step: The Trainer's global step; W&B takes it as the metric `trainer/global_step`, never as its own step.
+            html: Key -> fragment, already escaped.
+            images: Key -> image.
+            tables: Key -> columns and rows; a cell may be an image, or an `Html` string.
+        """
+        for logger in list(self.loggers):
+            try:
+                kind = logger_kind(logger)
+                if kind == "wandb":
+                    self._to_wandb(logger, step, html or {}, images or {}, tables or {})
+                elif kind == "tensorboard":
+                    self._to_tensorboard(logger, step, html or {}, images or {})
+            except Exception as error:
+                self.loggers.remove(logger)
+                rank_zero_warn(
+                    f"{type(logger).__name__} failed and gets no more explanations in this run: "
+                    f"{type(error).__name__}: {error}"
+                )
+
+    @staticmethod
+    def _to_wandb(
+        logger: Any,
+        step: int,
+        html: Mapping[str, str],
+        images: Mapping[str, Image.Image],
+        tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]],
+    ) -> None:
+        import wandb
+
+        def cell(value: Any) -> Any:
+            if isinstance(value, Image.Image):
+                return wandb.Image(value)
+            return wandb.Html(str(value), inject=False) if isinstance(value, Html) else value
+
+        media: dict[str, Any] = {key: wandb.Html(text, inject=False) for key, text in html.items()}
+        media |= {key: wandb.Image(image) for key, image in images.items()}
+        for key, (columns, rows) in tables.items():
+            # A fresh table per event: logging the same object again does nothing.
+            media[key] = wandb.Table(columns=list(columns), data=[[cell(value) for value in row] for row in rows])
+        logger.log_metrics(media, step=step)
+
+    @staticmethod
+    def _to_tensorboard(logger: Any, step: int, html: Mapping[str, str], images: Mapping[str, Image.Image]) -> None:
+        import torch
+
+        for key, image in images.items():
+            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+            logger.experiment.add_image(key, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
+        for key, text in html.items():
+            logger.experiment.add_text(key, text, step)
+
+
+class Html(str):
+    """A table cell that is HTML, not text."""
+
+    __slots__ = ()

@@ -1,0 +1,54 @@
+"""Encoded examples of different lengths to one padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+# Kept beside the model's inputs: per token with its value on padding, and per example.
+TOKEN_FILL = {"special_tokens_mask": 1, "word_ids": -1, "rationale": -1}
+EXAMPLE_KEYS = ("sample_id", "rationale_missed")
+
+
+@dataclass(frozen=True)
+class TextCollator:
+    """Pad what ``calig.datamodules.tokenization.encode`` gives; plain and picklable, so workers can have it.
+
+    Shapes: B examples, T tokens of the longest; all tensors int64. The result holds ``model_keys`` as far as the
+    examples have them, ``special_tokens_mask`` (1 on padding), ``word_ids`` and ``rationale`` (-1 on padding), all
+    (B, T); ``sample_id`` and ``rationale_missed`` (B,); ``labels`` (B,) where all examples have one.
+
+    Attributes:
+        pad_token_id: Fills ``input_ids``.
+        padding_side: Where the filling goes.
+        model_keys: What the model's forward takes: pass it ``batch`` reduced to these keys.
+        pad_token_type_id: Fills ``token_type_ids``.
+    """
+
+    pad_token_id: int
+    padding_side: Literal["right", "left"] = "right"
+    model_keys: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
+    pad_token_type_id: int = 0
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Pad and stack."""
+        padding = {"input_ids": self.pad_token_id, "token_type_ids": self.pad_token_type_id}
+        fills = {key: padding.get(key, 0) for key in self.model_keys} | TOKEN_FILL
+        batch = {key: self._padded(examples, key, fill) for key, fill in fills.items() if key in examples[0]}
+        for key in EXAMPLE_KEYS:
+            batch[key] = torch.tensor([example[key] for example in examples])
+        if all("labels" in example for example in examples):
+            batch["labels"] = torch.tensor([example["labels"] for example in examples])
+        return batch
+
+    def _padded(self, examples: Sequence[dict[str, Any]], key: str, fill: int) -> Tensor:
+        length = max(len(example[key]) for example in examples)
+        rows = []
+        for example in examples:
+            filling = [fill] * (length - len(example[key]))
+            rows.append(example[key] + filling if self.padding_side == "right" else filling + example[key])
+        return torch.tensor(rows)

@@ -1,0 +1,244 @@
+"""The Lightning data module of all text sources."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
+from transformers import PreTrainedTokenizerBase
+
+from calig.datamodules.collate import TextCollator
+from calig.datamodules.examples import TextExample
+from calig.datamodules.settings import TextDataConfig
+from calig.datamodules.sources import SPLITS, load_corpus
+from calig.datamodules.tokenization import check_length, encode_all, ensure_pad_token, train_wordpiece
+from calig.pipeline.errors import InputError, unknown
+
+Encoded = dict[str, Any]
+# Below this number of texts tokenising takes a moment and needs no progress bar.
+QUICK = 4000
+
+
+class EncodedDataset(Dataset[Encoded]):
+    """The tokenised examples of one split, in row order; rows are those of ``encode_all``."""
+
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.rows[index]
+
+
+class EpochSampler(RandomSampler):
+    """A shuffled order that depends on (seed, epoch) alone, so that a resumed run meets the same order.
+
+    Lightning calls ``set_epoch`` before every epoch; under DDP its own sampler takes this place and does the same.
+    """
+
+    def __init__(self, dataset: EncodedDataset, seed: int) -> None:
+        super().__init__(dataset)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        yield from torch.randperm(len(self.data_source), generator=generator).tolist()
+
+
+class TextDataModule(LightningDataModule):
+    """Text classification data: read, tokenised once in ``setup``, loaded in padded batches (see ``TextCollator``).
+
+    Every process of a distributed run builds the same data from (config, tokenizer, seed); Lightning's samplers share
+    the rows out.
+
+    Args:
+        config: The ``data`` part of the configuration.
+        tokenizer: The model's tokenizer; None trains a word-piece tokenizer on the training split.
+        vocab_size: Its size, where it is trained here.
+        seed: Decides cut splits, limits, the controlled corpus and the training order.
+        padding_side: Where batches are padded; only models whose logits do not depend on it may take "left".
+    """
+
+    def __init__(
+        self,
+        config: TextDataConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        vocab_size: int = 8000,
+        seed: int = 0,
+        padding_side: Literal["right", "left"] = "right",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = seed
+        self.vocab_size = vocab_size
+        self.padding_side = padding_side
+        self._tokenizer = tokenizer
+        self._datasets: dict[str, EncodedDataset] = {}
+        self._label_names: list[str] = []
+        self._notes: list[str] = []
+
+    @property
+    def label_names(self) -> list[str]:
+        """The class names in the order of their indices; after ``setup``."""
+        self._check_set_up()
+        return self._label_names
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was given, or trained in ``setup``; it always has a pad token."""
+        self._check_set_up()
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    @property
+    def collator(self) -> TextCollator:
+        """What makes a batch of encoded examples."""
+        tokenizer = self.tokenizer
+        return TextCollator(
+            tokenizer.pad_token_id,
+            self.padding_side,
+            tuple(tokenizer.model_input_names),
+            tokenizer.pad_token_type_id,
+        )
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that exist."""
+        self._check_set_up()
+        return list(self._datasets)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise all splits; further calls find it done.
+
+        Raises:
+            InputError: The configuration or the data is wrong; see ``load_corpus`` and ``encode_all``.
+        """
+        if self._datasets:
+            return
+        corpus = load_corpus(self.config, self.seed)
+        length = self.config.max_length
+        if self._tokenizer is None:
+            texts = [text for e in corpus.splits["train"] for text in (e.text, e.text_pair) if text is not None]
+            self._tokenizer = train_wordpiece(texts, self.vocab_size, length)
+        ensure_pad_token(self._tokenizer)
+        check_length(self._tokenizer, length, any(e.text_pair is not None for e in corpus.splits["train"]))
+        self._label_names, self._notes = corpus.label_names, corpus.notes
+        # Set last: an error above leaves the module as it was.
+        self._datasets = {split: self._encoded(split, examples) for split, examples in corpus.splits.items()}
+
+    def dataset(self, split: str) -> EncodedDataset:
+        """The tokenised examples of ``train``, ``val`` or ``test``.
+
+        Raises:
+            InputError: The split is none of these, or the data do not have it.
+        """
+        self._check_set_up()
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        if split not in self._datasets:
+            raise InputError(
+                f"there is no {split} split: the data have {', '.join(self._datasets)}. Give it as a file, or set "
+                f"data.{split}_fraction above 0 to cut it from the training split."
+            )
+        return self._datasets[split]
+
+    def train_dataloader(self) -> DataLoader[Encoded]:
+        """Shuffled anew every epoch, by (seed, epoch)."""
+        dataset = self.dataset("train")
+        return self._loader(dataset, self.config.batch_size, EpochSampler(dataset, self.seed))
+
+    def val_dataloader(self) -> DataLoader[Encoded]:
+        """In row order."""
+        return self._loader(self.dataset("val"), self._eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Encoded]:
+        """In row order."""
+        return self._loader(self.dataset("test"), self._eval_batch_size)
+
+    def explain_dataloader(
+        self,
+        split: str,
+        num_samples: int | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        exclude: Collection[int] = (),
+    ) -> DataLoader[Encoded]:
+        """A fixed, seeded subset of a split in a fixed order: longest first, so that a batch holds little padding.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            num_samples: How many; None or more than there are: all.
+            batch_size: Defaults to that of the evaluation loaders.
+            seed: Chooses the subset; defaults to the module's seed.
+            exclude: Sample ids to leave out of the chosen subset (those that are explained already).
+        """
+        dataset = self.dataset(split)
+        if num_samples is not None and num_samples < 1:
+            raise InputError(f"explain.num_samples={num_samples} explains nothing: give 1 or more, or null for all.")
+        generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
+        chosen = torch.randperm(len(dataset), generator=generator)[:num_samples].tolist()
+        chosen = [index for index in chosen if dataset[index]["sample_id"] not in exclude]
+        chosen.sort(key=lambda index: (-len(dataset[index]["input_ids"]), index))
+        return self._loader(Subset(dataset, chosen), batch_size or self._eval_batch_size)
+
+    def describe(self) -> str:
+        """One line: rows per split, classes with their share of the training split, rationales, truncation."""
+        self._check_set_up()
+        parts = [f"{split} {len(rows):,}" for split, rows in self._datasets.items()]
+        counts = Counter(row["labels"] for row in self._datasets["train"].rows if "labels" in row)
+        total = max(1, counts.total())
+        shares = [f"{name} {100 * counts[index] / total:.0f} %" for index, name in enumerate(self._label_names)]
+        more = f", {len(shares) - 8} more" if len(shares) > 8 else ""
+        parts.append(f"{len(shares)} classes ({', '.join(shares[:8])}{more})")
+        rows = [row for dataset in self._datasets.values() for row in dataset.rows]
+        explained = sum(any(mark >= 0 for mark in row["rationale"]) for row in rows)
+        if explained:
+            parts.append(f"{explained:,} texts with rationale")
+        truncated = sum(row["truncated"] for row in rows)
+        parts.append(f"{truncated:,} texts truncated at {self.config.max_length} tokens")
+        return " · ".join(parts + self._notes)
+
+    def _encoded(self, split: str, examples: Sequence[TextExample]) -> EncodedDataset:
+        assert self._tokenizer is not None
+        rows = encode_all(examples, self._tokenizer, self.config.max_length)
+        console = Console(stderr=True)
+        silent = len(examples) <= QUICK or not console.is_terminal or bool(getattr(rank_zero_only, "rank", None))
+        title = f"tokenising {split}"
+        shown = track(rows, title, total=len(examples), console=console, transient=True, disable=silent)
+        return EncodedDataset(list(shown))
+
+    def _loader(
+        self, dataset: Dataset[Encoded], batch_size: int, sampler: EpochSampler | None = None
+    ) -> DataLoader[Encoded]:
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.config.num_workers,
+            collate_fn=self.collator,
+            persistent_workers=self.config.num_workers > 0,
+            # Without one of its own, a loader draws its workers' seed from the global generator at every pass.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return getattr(self.config, "eval_batch_size", None) or self.config.batch_size
+
+    def _check_set_up(self) -> None:
+        if not self._datasets:
+            raise RuntimeError("TextDataModule.setup() has not run yet; a Trainer calls it, or call it yourself.")

@@ -1,0 +1,188 @@
+"""The `calig` command.
+
+Nothing heavy is imported at the top: `calig --help` answers without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+from calig.pipeline.errors import InputError
+
+DONE, FAILED, BAD_INPUT, PARTLY, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+_EXAMPLES = """\
+examples:
+  calig run                                        the quickstart: embedded data, minutes on two cores
+  calig run experiment=sst2 data.path=DIR          a real data set, read from a local folder
+  calig run data=files data.path=reviews.csv model=distilbert trainer=gpu
+  calig run run.resume=runs/quickstart             continue where a run stopped
+  calig config experiment=hatexplain model.lr=3e-5 see the resolved configuration first
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (ARCHITECTURE, Command line)."""
+    options = _parser().parse_args(arguments)
+    if options.command is None:
+        _parser().print_help()
+        return DONE
+    # Parallel tokenizers warn about forks that Lightning's launchers make.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        return options.action(options)
+    except InputError as error:
+        return _stop(options, error, BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe has gone: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except SystemExit as error:
+        return int(error.code or 0) if not isinstance(error.code, str) else FAILED
+    except Exception as error:
+        return _stop(options, error, FAILED)
+
+
+def _stop(options: argparse.Namespace, error: Exception, code: int) -> int:
+    if options.traceback:
+        traceback.print_exception(error)
+    elif code == BAD_INPUT:
+        print(f"calig: {error}", file=sys.stderr)
+    else:
+        print(f"calig: {type(error).__name__}: {error}\n(--traceback shows where)", file=sys.stderr)
+    return code
+
+
+def _on_sigterm(*_: object) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser = argparse.ArgumentParser(
+        prog="calig",
+        description="Fine-tune a transformer, then explain it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
+    parser.set_defaults(command=None, traceback=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        parents=[shared],
+        help="train, test, explain, report",
+        description="Run the stages of an experiment. Without one: experiment=quickstart.",
+        epilog=_Keys(),
+        formatter_class=_HelpWithKeys,
+    )
+    _add_overrides(run)
+    run.set_defaults(action=_run)
+    config = commands.add_parser("config", parents=[shared], help="print the resolved configuration")
+    _add_overrides(config)
+    config.set_defaults(action=_config)
+    report = commands.add_parser("report", parents=[shared], help="render report.html of a run again")
+    report.add_argument("run", metavar="RUN_DIR")
+    report.set_defaults(action=_report)
+    methods = commands.add_parser("methods", parents=[shared], help="list the attribution methods and their options")
+    methods.set_defaults(action=_methods)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="experiment=NAME|FILE.yaml, group=option|FILE.yaml, debug=NAME, key.sub=value",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from calig.pipeline.compose import compose
+
+    config = compose(options.overrides)
+    from calig.pipeline.run import run
+
+    return run(config)
+
+
+def _config(options: argparse.Namespace) -> int:
+    from calig.pipeline.compose import compose, to_yaml
+
+    print(to_yaml(compose(options.overrides)), end="")
+    return DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    from calig.pipeline.stages.report import write_report
+
+    print(write_report(options.run))
+    return DONE
+
+
+def _methods(_: argparse.Namespace) -> int:
+    import dataclasses
+    import typing
+
+    from calig.pipeline.attribution.methods import available_methods, method_class
+    from calig.pipeline.config import show, type_name
+
+    for name in available_methods():
+        method = method_class(name)
+        print(f"{name}\n    {method.summary} ({method.source})")
+        hints = typing.get_type_hints(method.Options)
+        for field in dataclasses.fields(method.Options):
+            print(f"    {field.name}={show(field.default)}  ({type_name(hints[field.name])})")
+    return DONE
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: object) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=str(kwargs.get("help")))
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from importlib.metadata import version
+
+        print(f"calig {version('calig')}")
+        parser.exit()
+
+
+class _Keys(str):
+    """Stands for the list of keys, which is only made when help is asked for."""
+
+    __slots__ = ()
+
+    def __new__(cls) -> _Keys:
+        return super().__new__(cls, "keys")
+
+
+class _HelpWithKeys(argparse.RawDescriptionHelpFormatter):
+    def add_text(self, text: str | None) -> None:
+        super().add_text(_key_list() if isinstance(text, _Keys) else text)
+
+
+def _key_list() -> str:
+    from calig.pipeline.compose import options
+    from calig.pipeline.config import GROUPS, describe_schema
+
+    lines = ["groups:"]
+    lines += [f"  {group}={'|'.join(options(group))}" for group in (*GROUPS, "experiment", "debug")]
+    lines += ["", "keys:"]
+    lines += [f"  {key.key}={key.default}\n      {key.help} ({key.type})" for key in describe_schema()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The configuration schema: one dataclass per section, with type, default, range and a line of help for every key.
+
+Light on purpose (no torch, lightning or transformers), so that ``calig --help`` answers at once. ``compose.py`` fills
+the schema from YAML files and the command line, ``validate.py`` holds what a value must satisfy.
+"""
+
+# ruff: noqa: RUF009  (_key returns a dataclass field)
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+KNOWN_STAGES = ("fit", "test", "explain", "report")
+"""The stages that ``stages`` may name."""
+
+GROUPS = ("model", "data", "explain", "trainer", "logger")
+"""The sections that ``group=option`` fills from a file of ``configs/<group>/``."""
+
+Operator = Literal["mask", "delete", "attention"]
+
+
+def _key(default: Any, help: str, **limits: float) -> Any:
+    """Declare a key. ``limits``: ``low``/``high`` are allowed bounds, ``above``/``below`` are excluded ones."""
+    metadata = {"help": help, "limits": limits}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunConfig:
+    """Where the run is kept."""
+
+    dir: str | None = _key(None, "run directory (null: runs/<name>)")
+    name: str | None = _key(None, "name of the run, also in Weights & Biases (null: the experiment's name)")
+    resume: str | None = _key(None, "run directory to continue")
+    overwrite: bool = _key(False, "delete the run directory if it exists")
+
+
+@dataclass
+class ScratchConfig:
+    """The model that is trained from scratch where ``model.name`` is null."""
+
+    type: str = _key("bert", "Hugging Face model type")
+    layers: int = _key(4, "number of blocks", low=1)
+    width: int = _key(96, "hidden width, a multiple of heads", low=1)
+    heads: int = _key(4, "attention heads per block", low=1)
+    intermediate: int | None = _key(None, "width inside the feed-forward part (null: 4 * width)", low=1)
+    vocab_size: int = _key(2000, "size of the word-piece vocabulary trained on the training split", low=16)
+    max_positions: int = _key(512, "longest input in tokens", low=2)
+    dropout: float = _key(0.1, "dropout of hidden states and attention", low=0, below=1)
+
+
+@dataclass
+class ModelConfig:
+    """The classifier and how it is optimised."""
+
+    name: str | None = _key(None, "hub name or local folder (null: model.scratch)")
+    checkpoint: str | None = _key(None, "Lightning checkpoint or Hugging Face folder to load weights from")
+    revision: str | None = _key(None, "branch, tag or commit on the hub")
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    lr: float = _key(5e-5, "peak learning rate of AdamW", above=0)
+    weight_decay: float = _key(0.01, "weight decay of AdamW (not on biases and norms)", low=0)
+    warmup: float = _key(0.1, "fraction of all steps over which the learning rate rises", low=0, high=1)
+    schedule: Literal["linear", "cosine", "constant"] = _key("linear", "course of the learning rate after warm-up")
+    early_stopping: int | None = _key(None, "stop after this many validations without progress (null: never)", low=1)
+    monitor: str = _key("val/accuracy", "scalar that picks the best checkpoint and stops early")
+
+
+@dataclass
+class ColumnsConfig:
+    """Names of the columns (their numbers, from 0, where ``data.header`` is false)."""
+
+    text: str | None = _key(None, "column of the text or of its list of words (null: found by name)")
+    text_pair: str | None = _key(None, "column of the second text of a pair")
+    label: str | None = _key(None, "column of the label (null: found by name)")
+    rationale: str | None = _key(None, "column with 0 or 1 per word, 1 on the evidence")
+
+
+@dataclass
+class SizeConfig:
+    """Sentences per split of the controlled corpus."""
+
+    train: int = _key(6000, "training sentences", low=1)
+    val: int = _key(600, "validation sentences", low=1)
+    test: int = _key(1000, "test sentences", low=1)
+
+
+@dataclass
+class DataConfig:
+    """The data set, its columns and its batches."""
+
+    name: str | None = _key(None, "controlled (the corpus with planted evidence) or a data set of the hub")
+    path: str | None = _key(None, "file, or folder with train/val/test files (csv, tsv, json, jsonl, parquet)")
+    revision: str | None = _key(None, "branch, tag or commit on the hub")
+    header: bool = _key(True, "the first line of a csv or tsv names the columns")
+    quoted: bool | None = _key(None, "quotes in a csv or tsv enclose a field (null: csv yes, tsv no)")
+    label_map: dict[str, str] | None = _key(None, "label in the data: class name; merges or renames classes")
+    max_length: int = _key(128, "longest input in tokens", low=4)
+    limit_train: int | None = _key(None, "use this many training examples", low=1)
+    limit_val: int | None = _key(None, "use this many validation examples", low=1)
+    limit_test: int | None = _key(None, "use this many test examples", low=1)
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    batch_size: int = _key(32, "examples per training batch and process", low=1)
+    eval_batch_size: int | None = _key(None, "examples per evaluation batch (null: batch_size)", low=1)
+    num_workers: int = _key(0, "loader processes", low=0)
+    val_fraction: float = _key(
+        0.1, "share cut from the training data where there is no validation split", above=0, below=1
+    )
+    test_fraction: float = _key(0.1, "share cut from the training data where there is no test split", above=0, below=1)
+    size: SizeConfig = field(default_factory=SizeConfig)
+
+
+@dataclass
+class ExplainConfig:
+    """What the explain stage computes."""
+
+    methods: list[str] = _key(
+        ["ca_lig", "integrated_gradients", "generic_attention", "attention_rollout", "input_x_gradient", "random"],
+        "attribution methods; the first is the primary one",
+    )
+    split: Literal["train", "val", "test"] = _key("test", "split that is explained")
+    num_samples: int | None = _key(300, "seeded sample of the split (null: all of it)", low=1)
+    batch_size: int = _key(16, "examples per batch", low=1)
+    steps: int | Literal["auto"] = _key("auto", "quadrature nodes; auto refines until tolerance", low=2)
+    tolerance: float = _key(0.02, "allowed completeness error of steps=auto, relative to the output change", above=0)
+    max_steps: int = _key(129, "most nodes of steps=auto, which starts with 9", low=9)
+    target: int | Literal["predicted", "label"] = _key("predicted", "class that is explained", low=0)
+    operator: list[Operator] | Operator = _key("mask", "how the metrics remove tokens; one or a list")
+    strict: bool = _key(False, "end the stage at the first sample that fails")
+    options: dict[str, dict[str, Any]] = _key({}, "explain.options.<method>.<option>; see `calig methods`")
+
+
+@dataclass
+class ProbeConfig:
+    """The attribution probe that runs during training."""
+
+    enabled: bool = _key(True, "explain a fixed set of validation samples during training")
+    method: str = _key("ca_lig", "attribution method")
+    num_samples: int = _key(64, "validation samples", low=1)
+    every_n_epochs: int = _key(1, "epochs between two probes", low=1)
+    steps: int = _key(16, "quadrature nodes", low=2)
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: Literal["offline", "online", "disabled"] = _key("offline", "offline writes to the run directory only")
+    project: str = _key("calig", "project")
+    entity: str | None = _key(None, "user or team (null: the account's default)")
+    tags: list[str] = _key([], "tags of the run")
+
+
+@dataclass
+class LoggerConfig:
+    """Loggers beside metrics.csv, which is always written."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass
+class Config:
+    """The whole configuration of a run."""
+
+    seed: int = _key(0, "seed of weights, data order, samples and random attributions", low=0, high=2**32 - 1)
+    stages: list[str] = _key(list(KNOWN_STAGES), "stages in order")
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    explain: ExplainConfig = field(default_factory=ExplainConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    # Lightning's own default is 1000 epochs; 3 and clipping at 1 are what fine-tuning a BERT usually takes.
+    trainer: dict[str, Any] = _key(
+        {"max_epochs": 3, "gradient_clip_val": 1.0}, "trainer.<argument of lightning.Trainer>"
+    )
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+class KeyHelp(NamedTuple):
+    """One key of the schema, in words."""
+
+    key: str
+    type: str
+    default: str
+    help: str
+
+
+@cache
+def hints(section: type) -> dict[str, Any]:
+    """Return the resolved type of every key of a section."""
+    return get_type_hints(section)
+
+
+def describe_schema(section: type = Config, prefix: str = "") -> list[KeyHelp]:
+    """List every key with its type, default (as one would type it) and help, in the schema's order."""
+    rows: list[KeyHelp] = []
+    defaults = section()
+    for item in fields(section):
+        key, hint = f"{prefix}{item.name}", hints(section)[item.name]
+        if is_dataclass(hint):
+            rows += describe_schema(hint, f"{key}.")  # type: ignore[arg-type]  # a class, not an instance
+        else:
+            rows.append(KeyHelp(key, type_name(hint), show(getattr(defaults, item.name)), item.metadata["help"]))
+    return rows
+
+
+def type_name(hint: Any) -> str:
+    """Spell a type as a user reads it: ``int | auto``, ``list[str]``, ``str | null``.
+
+    Classes that no YAML value can have are left out of unions.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        names = [type_name(arg) for arg in args if arg is NoneType or get_origin(arg) or arg in _PLAIN]
+        return " | ".join(dict.fromkeys(name for name in names if name))
+    if origin is Literal:
+        return " | ".join(str(arg) for arg in args)
+    if origin in (list, tuple, dict):
+        inner = ", ".join(type_name(arg) for arg in args if arg is not Ellipsis)
+        return f"{'dict' if origin is dict else 'list'}[{inner}]"
+    if origin is not None:
+        return ""
+    return str({NoneType: "null", Any: "any"}.get(hint) or getattr(hint, "__name__", hint))
+
+
+def show(value: Any) -> str:
+    """Spell a value as it is typed on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(show, value)) + "]"
+    return str(value)
+
+
+_PLAIN = (bool, int, float, str, list, dict, Any)

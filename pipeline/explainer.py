@@ -1,0 +1,317 @@
+"""A batch to rows: attributions of all methods, their metrics and costs, and what failed.
+
+One piece of code for the probe during training, the explain stage and `explain()`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from calig.pipeline.attribution import Attribution, ExplainableModel, UnsupportedModelError, attribute
+from calig.pipeline.attribution.methods import create_method, method_class, method_options
+from calig.pipeline.attribution.model import forward_inputs
+from calig.pipeline.attribution.objective import logits_of, resolve_target
+from calig.pipeline.errors import InputError
+from calig.pipeline.metrics import (
+    MetricError,
+    PerturbationTokens,
+    faithfulness_rows,
+    plausibility_rows,
+    special_share,
+)
+from calig.pipeline.metrics.rows import make_row
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ExplainSettings:
+    """What to compute of every batch.
+
+    Attributes:
+        methods: Method name -> its options, in order; the first is the primary one.
+        target: `predicted`, `label` or a class index.
+        operators: Perturbation operators of the faithfulness metrics; none leaves these metrics out.
+        plausibility: Compare with rationales where a batch has them.
+        strict: Raise at the first failure instead of keeping it as a row.
+        seed: Seed of the random controls.
+    """
+
+    methods: Mapping[str, Mapping[str, Any]]
+    target: Literal["predicted", "label"] | int = "predicted"
+    operators: Sequence[str] = ("mask",)
+    plausibility: bool = True
+    strict: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, options in self.methods.items():
+            create_method(name, options)
+
+
+def settings_for(
+    methods: Sequence[str], options: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Options per method: the shared ones that a method has (`steps`, `tolerance`, ...), then its own."""
+    chosen = {}
+    for name in methods:
+        known = {item.name for item in dataclasses.fields(method_options(name))}
+        chosen[name] = {key: value for key, value in shared.items() if key in known} | dict(options.get(name, {}))
+    return chosen
+
+
+@dataclass
+class Explained:
+    """The rows of some samples, in the schemas of `calig.pipeline.records`.
+
+    Attributes:
+        explanations: One per sample and method.
+        metrics: Long form.
+        failures: `{sample_id, method, reason}`.
+    """
+
+    explanations: Rows = field(default_factory=list)
+    metrics: Rows = field(default_factory=list)
+    failures: Rows = field(default_factory=list)
+
+    def extend(self, other: Explained) -> None:
+        """Add the rows of other samples."""
+        self.explanations += other.explanations
+        self.metrics += other.metrics
+        self.failures += other.failures
+
+
+class SampleFailure(RuntimeError):
+    """A sample or a method failed and `strict` was set."""
+
+
+class Explainer:
+    """Explains batches of a text classifier.
+
+    Args:
+        model: The live model, unwrapped.
+        tokenizer: Of the model. Without one, tokens are shown as ids and only operators that need no token work.
+        settings: What to compute.
+
+    Raises:
+        UnsupportedModelError: The model's blocks cannot be found.
+        InputError: An operator that the tokenizer cannot do.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, settings: ExplainSettings) -> None:
+        self.model = ExplainableModel(model, tokenizer=tokenizer)
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.tokens = perturbation_tokens(model, tokenizer)
+        for operator in settings.operators:
+            self.tokens.check(operator)
+
+    def explain(self, batch: Mapping[str, Any]) -> Explained:
+        """Explain a batch.
+
+        Args:
+            batch: The model's inputs, each (B, T), and what stands beside them: `sample_id` (B,); `labels` (B,),
+                `special_tokens_mask`, `word_ids` (-1 on special tokens), `rationale` (-1 on special tokens; each
+                (B, T)) and `rationale_missed` (B,) where known.
+
+        Raises:
+            SampleFailure: With `strict`, at the first failure.
+        """
+        ids = [int(i) for i in batch["sample_id"].tolist()]
+        special = batch.get("special_tokens_mask")
+        rows = Explained()
+        with self.model.session():
+            inputs = self.model.prepare(batch, special)
+            logits = self.model.logits(inputs)
+            target = resolve_target(self.settings.target, logits, batch.get("labels"))
+            results: dict[str, Attribution] = {}
+            seconds: dict[str, float] = {}
+            for name, options in self.settings.methods.items():
+                start = time.perf_counter()
+                try:
+                    result = attribute(
+                        self.model, dict(batch), name, target=target, special_tokens_mask=special, **options
+                    )
+                except (UnsupportedModelError, InputError, torch.OutOfMemoryError) as error:
+                    self._fail(rows, ids, name, str(error))
+                    continue
+                assert isinstance(result, Attribution)  # one target per example
+                seconds[name] = (time.perf_counter() - start) / len(ids)
+                results[name] = result
+        bad = {name: result.non_finite() for name, result in results.items()}
+        for name, flags in bad.items():
+            self._fail(rows, [ids[i] for i in flags.nonzero().flatten().tolist()], name, "a score is not finite")
+        facts = _Facts(batch, inputs.mask.cpu(), logits.detach().float().cpu(), target.cpu(), ids)
+        for name, result in results.items():
+            good = (~bad[name]).nonzero().flatten().tolist()
+            rows.explanations += [self._explanation(facts, result, i) for i in good]
+        with self.model.evaluation():
+            self._measure(rows, facts, results, bad, seconds)
+        return rows
+
+    def _fail(self, rows: Explained, ids: Sequence[int], method: str, reason: str) -> None:
+        if ids and self.settings.strict:
+            raise SampleFailure(f"sample {ids[0]}, method '{method}': {reason} (explain.strict=true ends here)")
+        rows.failures += [{"sample_id": i, "method": method, "reason": reason} for i in ids]
+
+    def _explanation(self, facts: _Facts, result: Attribution, i: int) -> dict[str, Any]:
+        real = facts.mask[i]
+        gap, bound = result.completeness_gap, result.error_bound
+        layers = result.layer_scores
+        return {
+            "sample_id": facts.ids[i],
+            "tokens": self.token_texts(facts.batch["input_ids"][i][real.to(facts.batch["input_ids"].device)]),
+            "word_ids": facts.word_ids(i, result.special[i]),
+            "scores": result.scores[i, real].tolist(),
+            "layer_scores": None if layers is None else layers[i][:, real].tolist(),
+            "label": facts.label(i),
+            "prediction": int(facts.logits[i].argmax()),
+            "target": int(result.target[i]),
+            "probability": float(facts.logits[i].softmax(-1)[int(result.target[i])]),
+            "method": result.method,
+            "completeness_gap": None if gap is None else float(gap[i].max()),
+            "steps_used": int(result.steps_used[i]),
+            "error_bound": None if bound is None else float(bound[i].max()),
+            "converged": bool(result.converged[i]),
+            "rationale": facts.token_rationale(i),
+        }
+
+    def token_texts(self, ids: Tensor) -> list[str]:
+        """The tokens of (T,) ids as the tokenizer spells them."""
+        numbers = ids.tolist()
+        if self.tokenizer is None:
+            return [str(number) for number in numbers]
+        return list(self.tokenizer.convert_ids_to_tokens(numbers))
+
+    def _measure(
+        self,
+        rows: Explained,
+        facts: _Facts,
+        results: Mapping[str, Attribution],
+        bad: Mapping[str, Tensor],
+        seconds: Mapping[str, float],
+    ) -> None:
+        # An example that failed for one method leaves the comparison for all: intervals are over the same samples.
+        usable = [i for i in range(len(facts.ids)) if not any(bool(flags[i]) for flags in bad.values())]
+        while results and usable:
+            try:
+                rows.metrics += self._compare(facts, results, usable)
+                break
+            except MetricError as error:
+                self._fail(rows, [error.sample_id], error.method or next(iter(results)), error.reason)
+                usable = [i for i in usable if facts.ids[i] != error.sample_id]
+        for name, result in results.items():
+            share = special_share(result.scores, result.special, result.mask)
+            for i in usable:
+                at = (facts.ids[i], name, "none")
+                if name != "random":
+                    rows.metrics.append(dict(make_row(*at, "special_share", float(share[i]))))
+                if result.completeness_gap is not None:
+                    gap = float(result.completeness_gap[i].max())
+                    rows.metrics.append(dict(make_row(*at, "completeness_gap", gap)))
+                rows.metrics.append(dict(make_row(*at, "seconds", seconds[name])))
+
+    def _compare(self, facts: _Facts, results: Mapping[str, Attribution], usable: list[int]) -> Rows:
+        """Faithfulness and plausibility of all methods on the usable examples."""
+        rows: list[Any] = []
+        first = next(iter(results.values()))
+        # The method `random` is the metrics' own control and is measured as such.
+        scores = {name: result.scores[usable] for name, result in results.items() if name != "random"}
+        ids = [facts.ids[i] for i in usable]
+        if self.settings.operators and scores:
+            index = torch.tensor(usable, device=facts.batch["input_ids"].device)
+            keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in facts.batch]
+            batch = {key: facts.batch[key][index] for key in keys}
+            batch.setdefault("attention_mask", facts.mask[usable].to(batch["input_ids"]))
+            rows += faithfulness_rows(
+                self._forward,
+                batch,
+                scores,
+                target=first.target[usable],
+                special=first.special[usable],
+                mask=facts.mask[usable],
+                sample_ids=ids,
+                tokens=self.tokens,
+                operators=self.settings.operators,
+                seed=self.settings.seed,
+            )
+        rationales = [facts.word_rationale(i) for i in usable]
+        if self.settings.plausibility and scores and any(rationale is not None for rationale in rationales):
+            rows += plausibility_rows(
+                scores,
+                word_ids=[facts.word_ids(i, first.special[i], padded=True) for i in usable],
+                rationales=rationales,
+                sample_ids=ids,
+                signed=[name for name in scores if method_class(name).signed],
+                seed=self.settings.seed,
+            )
+        return rows
+
+    def _forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return logits_of(self.model.module(**forward_inputs(self.model.module, batch))).float()
+
+
+def scalar_key(prefix: str, method: str, control: str, metric: str) -> str:
+    """Spell a scalar's key: `<prefix>/<method>/<metric>`, controls as `<prefix>/random/...` and `.../reversed/...`."""
+    middle = f"{method}/reversed" if control == "reversed" else method
+    return f"{prefix}/{middle}/{metric}"
+
+
+def perturbation_tokens(model: nn.Module, tokenizer: Any) -> PerturbationTokens:
+    """The ids that perturbed inputs are built with: the tokenizer's, else what the model's config names."""
+    if tokenizer is not None:
+        return PerturbationTokens.from_tokenizer(tokenizer)
+    config = getattr(model, "config", None)
+    first = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos")]
+    pad = getattr(config, "pad_token_id", None)
+    empty = next((token for token in first if token is not None), None)
+    return PerturbationTokens(pad_id=0 if pad is None else pad, empty_id=empty)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of a batch beside its attributions."""
+
+    batch: Mapping[str, Any]
+    mask: Tensor
+    logits: Tensor
+    target: Tensor
+    ids: list[int]
+
+    def label(self, i: int) -> int | None:
+        return int(self.batch["labels"][i]) if "labels" in self.batch else None
+
+    def word_ids(self, i: int, special: Tensor, *, padded: bool = False) -> list[int | None]:
+        """Word numbers of the real tokens (of all positions if `padded`), None on special tokens."""
+        if "word_ids" in self.batch:
+            words = [None if word < 0 else int(word) for word in self.batch["word_ids"][i].tolist()]
+        else:
+            # Without word numbers every token is its own word.
+            words = [None if bool(flag) else position for position, flag in enumerate(special)]
+        return [
+            word if bool(real) else None for word, real in zip(words, self.mask[i], strict=True) if padded or bool(real)
+        ]
+
+    def token_rationale(self, i: int) -> list[int] | None:
+        if "rationale" not in self.batch:
+            return None
+        marks = self.batch["rationale"][i].cpu()[self.mask[i]].tolist()
+        return [max(0, mark) for mark in marks] if any(mark >= 0 for mark in marks) else None
+
+    def word_rationale(self, i: int) -> list[int] | None:
+        """1 per rationale word; words that truncation cut off stand behind the last one, where nothing scores."""
+        if "rationale" not in self.batch or "word_ids" not in self.batch:
+            return None
+        pairs = zip(self.batch["word_ids"][i].tolist(), self.batch["rationale"][i].tolist(), strict=True)
+        marks = {int(word): int(mark) for word, mark in pairs if word >= 0 and mark >= 0}
+        missed = int(self.batch["rationale_missed"][i]) if "rationale_missed" in self.batch else 0
+        if not marks and not missed:
+            return None
+        return [marks.get(word, 0) for word in range(max(marks, default=-1) + 1)] + [1] * missed

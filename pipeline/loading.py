@@ -1,0 +1,53 @@
+"""Reading a run back."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calig.pipeline.errors import InputError
+from calig.pipeline.records import shards, table_metadata
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load_explanations(run: str | Path) -> Dataset:
+    """The explanations of a run, one row per sample, method and target (`calig.pipeline.records`).
+
+    Raises:
+        InputError: The folder holds no explanations.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    files = shards(Path(run) / "explanations")
+    if not files:
+        raise InputError(f"{run} holds no explanations: expected {Path(run) / 'explanations'}/part-*.parquet.")
+    for file in files:
+        table_metadata(file)
+    # File by file: a reader of several files would take `key=value` in their path for a column.
+    return concatenate_datasets([Dataset.from_parquet(str(file)) for file in files])
+
+
+def learning_curves(run: str | Path) -> dict[str, list[tuple[float, float]]]:
+    """Every scalar of `metrics.csv` as (step, value) points; empty where there is none."""
+    file = Path(run) / "metrics.csv"
+    curves: dict[str, list[tuple[float, float]]] = {}
+    if not file.exists():
+        return curves
+    with file.open(encoding="utf8") as stream:
+        for row in csv.DictReader(stream):
+            for key, text in row.items():
+                if text and key not in ("epoch", "step"):
+                    curves.setdefault(key, []).append((float(row["step"] or 0), float(text)))
+    return curves
+
+
+def rationale_by_word(row: Mapping[str, Any]) -> list[int] | None:
+    """The rationale of an explanation row, one entry per word number instead of one per token."""
+    if row["rationale"] is None:
+        return None
+    words = {word: mark for word, mark in zip(row["word_ids"], row["rationale"], strict=True) if word is not None}
+    return [words.get(word, 0) for word in range(max(words, default=-1) + 1)]

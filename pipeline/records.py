@@ -1,0 +1,129 @@
+"""What a run keeps on disk: row schemas, atomic writing, and reading it back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from calig.pipeline.errors import InputError
+
+SCHEMA_VERSION = 1
+
+EXPLANATION_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.int64()),
+        ("tokens", pa.list_(pa.string())),
+        ("word_ids", pa.list_(pa.int32())),
+        ("scores", pa.list_(pa.float32())),
+        ("layer_scores", pa.list_(pa.list_(pa.float32()))),
+        ("label", pa.int32()),
+        ("prediction", pa.int32()),
+        ("target", pa.int32()),
+        ("probability", pa.float32()),
+        ("method", pa.string()),
+        ("completeness_gap", pa.float32()),
+        ("steps_used", pa.int32()),
+        ("error_bound", pa.float32()),
+        ("converged", pa.bool_()),
+        ("rationale", pa.list_(pa.int8())),
+    ]
+)
+"""One row per sample, method and target: `tokens`, `word_ids`, `scores` and `rationale` run over the real tokens (word
+ids are null on special ones), `layer_scores` over the blocks 1..L; what a method does not have is null."""
+
+METRIC_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.int64()),
+        ("method", pa.string()),
+        ("control", pa.string()),
+        ("metric", pa.string()),
+        ("operator", pa.string()),
+        ("space", pa.string()),
+        ("q", pa.float32()),
+        ("value", pa.float64()),
+    ]
+)
+"""Long form; `control` is none, random or reversed, `q` the bin or null for a number without bins or their mean."""
+
+
+def atomic_write(path: Path, data: str | bytes) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(data.encode() if isinstance(data, str) else data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically; a NaN is an error, not invalid JSON."""
+    atomic_write(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_table(
+    path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write rows as one parquet file, atomically.
+
+    Args:
+        path: Where to.
+        rows: Mappings with the schema's keys; a missing key becomes null.
+        schema: The file's schema.
+        metadata: Kept in the file's metadata as JSON, beside `schema_version`.
+    """
+    values = {"schema_version": SCHEMA_VERSION, **(metadata or {})}
+    encoded = {key.encode(): json.dumps(value).encode() for key, value in values.items()}
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema.with_metadata(encoded))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, sink.getvalue().to_pybytes())
+
+
+def table_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a file written by `write_table`.
+
+    Raises:
+        InputError: The file is from a newer version than this one reads.
+    """
+    raw = pq.read_schema(path).metadata or {}
+    values = {
+        key.decode(): json.loads(value) for key, value in raw.items() if not key.startswith((b"ARROW:", b"pandas"))
+    }
+    version = values.get("schema_version", 0)
+    if version > SCHEMA_VERSION:
+        raise InputError(f"{path} has schema version {version}; this version of calig reads up to {SCHEMA_VERSION}.")
+    return values
+
+
+def shards(folder: Path) -> list[Path]:
+    """The finished shards of a folder, in order."""
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def read_rows(folder: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of all shards of a folder, one shard in memory at a time."""
+    for path in shards(folder):
+        table_metadata(path)
+        # ParquetFile, because a dataset reader would make columns of `key=value` in the folder's own path.
+        yield from pq.ParquetFile(path).read(columns=columns).to_pylist()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; none if it does not exist."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines() if line.strip()]
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to a JSON-lines file."""
+    with path.open("a", encoding="utf8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,170 @@
+"""The report page: one self-contained HTML file from plain rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from calig.pipeline.render.curves import curve_panels
+from calig.pipeline.render.labels import metric, number
+from calig.pipeline.render.leaderboard import leaderboards
+from calig.pipeline.render.packing import check_lengths, method_names, page_data, script_json
+from calig.pipeline.render.pieces import merge_pieces
+from calig.pipeline.render.rows import MetricRow, ReportData, Sample, SampleExplanation
+from calig.pipeline.render.tokens import legend_html, word_spans
+
+__all__ = ["MAX_BYTES", "MetricRow", "ReportData", "Sample", "SampleExplanation", "render_report"]
+
+MAX_BYTES = 5_000_000
+LAYER_METHODS = 3
+STATIC_SAMPLES = 12
+"""Samples that stand in the page itself, for paper and for readers without JavaScript."""
+
+_FOLDER = Path(__file__).parent
+_SCRIPTS = ("report_data.js", "report_map.js", "report_viewer.js", "report.js")
+_HEADLINES = ("comprehensiveness", "sufficiency", "token_f1", "auprc", "completeness_gap")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One large number of the header."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class StaticSample:
+    """One sample as fixed markup."""
+
+    sample_id: int
+    verdict: str
+    prediction: str
+    label: str | None
+    probability: str
+    html: Markup
+    gap: str
+    converged: bool
+
+
+def render_report(data: ReportData, *, max_bytes: int = MAX_BYTES) -> str:
+    """Render the page as one HTML text that loads nothing.
+
+    Layer maps are kept for at most three methods, the primary one first. Where the page would still grow over
+    ``max_bytes`` (very long texts), it keeps maps of fewer methods, then fewer samples, and says so.
+
+    Raises:
+        InputError: If scores and tokens of a sample differ in length.
+    """
+    check_lengths(data.samples)
+    with_layers = _methods_with_layers(data)[:LAYER_METHODS]
+    kept, samples = len(with_layers), list(data.samples)
+    while True:
+        page = _render(data, samples, with_layers[:kept])
+        size = len(page.encode("utf-8"))
+        if size <= max_bytes or (not kept and len(samples) <= 1):
+            break
+        if kept:
+            kept -= 1
+        else:
+            samples = samples[: max(1, min(len(samples) - 1, int(len(samples) * 0.9 * max_bytes / size)))]
+    if kept < len(with_layers) or len(samples) < len(data.samples) or size > max_bytes:
+        _log.warning(
+            "report '%s': %d of %d samples and the layer maps of %d of %d methods fit into %.1f MB (page: %.1f MB)",
+            *(data.title, len(samples), len(data.samples), kept, len(with_layers), max_bytes / 1e6, size / 1e6),
+        )
+    return page
+
+
+def _render(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence[str]) -> str:
+    main, other = leaderboards(data.metrics, data.primary_method)
+    primary = data.primary_method or next(iter(method_names(data)), "")
+    return _template().render(
+        data=data,
+        primary=primary,
+        headlines=_headlines(data),
+        panels=curve_panels(data.curves),
+        tables=[("", main), ("Other operators and logits", other)],
+        shown=len(samples),
+        total=len(data.samples),
+        static=[_static_sample(sample, primary, data.label_names) for sample in samples[:STATIC_SAMPLES]],
+        legend=Markup(legend_html(1.0).replace("−1 ", "").replace(" +1 ", " ")),
+        payload=Markup(script_json(page_data(data, samples, layer_methods))),
+        css=Markup(_source("report.css")),
+        script=Markup("\n".join(_source(name) for name in _SCRIPTS)),
+        number=number,
+    )
+
+
+def _headlines(data: ReportData) -> list[Headline]:
+    lines = []
+    for name, label in (("accuracy", "accuracy"), ("f1", "F1")):
+        split = next((split for split in ("test", "val") if _is_number(data.summary, f"{split}/{name}")), None)
+        if split:
+            lines.append(Headline(f"{split} {label}", number(data.summary[f"{split}/{name}"], name)))
+    own = {row.metric: row for row in data.metrics if row.method == data.primary_method and row.control == "none"}
+    for name in _HEADLINES:
+        info, row = metric(name), own.get(name)
+        value = row.value if row else data.summary.get(f"explain/{data.primary_method}/{name}")
+        if value is None or isinstance(value, str):
+            continue
+        note = ""
+        if row and row.low is not None and row.high is not None:
+            note = f"{number(row.low, name).removesuffix(' %')} to {number(row.high, name)}"
+        lines.append(Headline(f"{info.label} {info.arrow}", number(value, name), note))
+    return lines
+
+
+def _static_sample(sample: Sample, primary: str, names: Sequence[str]) -> StaticSample:
+    rows = {row.method: row for row in sample.explanations}
+    row = rows.get(primary) or next(iter(rows.values()), None)
+    words = merge_pieces(sample.tokens, row.scores if row else None, sample.word_ids)
+    labelled = sample.label is not None and sample.label >= 0
+    return StaticSample(
+        sample_id=sample.sample_id,
+        verdict=("right" if sample.label == sample.prediction else "wrong") if labelled else "",
+        prediction=_class_name(sample.prediction, names),
+        label=_class_name(sample.label, names) if sample.label is not None and labelled else None,
+        probability=number(sample.probability),
+        html=Markup(word_spans(words, rationale=sample.rationale)),
+        gap=number(row.completeness_gap if row else None, "completeness_gap"),
+        converged=row is None or row.converged,
+    )
+
+
+def _methods_with_layers(data: ReportData) -> list[str]:
+    having = {row.method for sample in data.samples for row in sample.explanations if row.layer_scores}
+    return [name for name in method_names(data) if name in having]
+
+
+def _class_name(index: int, names: Sequence[str]) -> str:
+    return names[index] if 0 <= index < len(names) else f"class {index}"
+
+
+def _is_number(summary: Mapping[str, float | str | None], key: str) -> bool:
+    return isinstance(summary.get(key), int | float)
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html")
+
+
+@lru_cache(maxsize=8)
+def _source(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")

@@ -1,0 +1,122 @@
+// One sample on screen. `view` is all its state; every change goes through show().
+const view = { sample: null, method: 0, layer: Infinity, pieces: false, perRow: true };
+
+function show(change = {}) {
+  Object.assign(view, change);
+  const { sample } = view;
+  const chosen = sample.explanations.find((row) => row.method === view.method) ?? sample.explanations[0];
+  const cols = columns(sample, view.pieces), special = specials(sample);
+  const layers = chosen?.layers?.map((packed) => sums(unpack(packed, special), cols)) ?? null;
+  const final = chosen ? sums(unpack(chosen.scores, special), cols) : cols.map(() => 0);
+  const count = layers ? layers.length : 0;
+  const layer = layers ? Math.min(view.layer, count + 1) : 1;
+  const atEnd = !layers || layer === count + 1;
+  const values = atEnd ? final : layers[layer - 1];
+  const whole = layers ? Math.max(...layers.map((row) => wordScale(row, cols))) : 1;
+  const scale = atEnd || view.perRow ? wordScale(values, cols) : whole;
+  const place = atEnd ? "decision" : `block ${layer} of ${count}`;
+
+  verdict(sample);
+  $("v-methods").replaceChildren(...sample.explanations.map((row) => toggle(DATA.methods[row.method], row === chosen, () => show({ method: row.method }))));
+  paint($("v-text"), cols, values, scale, place);
+  $("v-readout").replaceChildren(chosen ? "Point at a word or tap it for its number." : "This sample has no explanation.");
+  legend(scale);
+  $("v-gap").replaceChildren(...(chosen ? gap(chosen) : []));
+  $("v-metrics").textContent = chosen ? metricLine(chosen) : "";
+
+  $("v-layers").hidden = !layers;
+  $("v-nolayers").textContent = layers || !chosen ? "" : DATA.layerMethods.includes(DATA.methods[chosen.method])
+    ? "This method has no layer map for this sample." : DATA.layerMethods.length
+    ? `Layer maps on this page: ${DATA.layerMethods.join(", ")}.` : "This page holds no layer maps.";
+  if (layers) {
+    Object.assign($("layer"), { max: count + 1, value: layer });
+    $("layer").setAttribute("aria-valuetext", place);
+    $("layer-out").textContent = `showing ${place}`;
+    press("scale-row", view.perRow);
+    press("scale-map", !view.perRow);
+    const kept = $("v-map").scrollLeft;
+    drawMap($("v-map"), cols, layers, { perRow: view.perRow, current: layer - 1,
+      onHover: (column, value, row, share) => readout(column, value, `block ${row + 1}, which holds ${percent(share)} of all |relevance|`),
+      onPick: (row) => show({ layer: row + 1 }) });
+    $("v-map").scrollLeft = kept;
+  }
+  compare(sample, cols, special);
+  if ($("d-table").open) wordTable(sample, cols, special, atEnd ? null : values, place);
+  press("unit-word", !view.pieces);
+  press("unit-piece", view.pieces);
+  document.querySelectorAll(".unit-name").forEach((node) => { node.textContent = view.pieces ? "piece" : "word"; });
+}
+
+function verdict(sample) {
+  const result = outcome(sample);
+  $("v-title").textContent = `Sample ${sample.id}`;
+  $("v-verdict").replaceChildren(
+    result ? h("span", { class: result }, result === "right" ? "✓ right" : "✗ wrong") : "",
+    result ? " · predicted " : "Predicted ", h("b", {}, className(sample.prediction)), ` with probability ${finite(sample.p) ? sample.p.toFixed(3) : "–"}`,
+    sample.label === null ? "" : ` · labelled ${className(sample.label)}`);
+}
+
+function paint(target, cols, values, scale, place) {
+  target.replaceChildren();
+  cols.forEach((column, i) => {
+    if (column.space) target.append(" ");
+    const kind = (column.special ? "special" : "word") + (column.marked ? " marked" : "") + (column.piece ? " piece" : "");
+    const node = h("span", { class: kind, dir: column.special ? "ltr" : null, title: signed(values[i]), style: { backgroundColor: column.special ? "" : tint(values[i] / scale) } }, column.text);
+    node.onpointerenter = node.onclick = () => readout(column, values[i], place);
+    target.append(node);
+  });
+}
+
+function readout(column, value, place) {
+  $("v-readout").replaceChildren(h("b", {}, column.text), ` ${signed(value)} at the ${place}`,
+    column.names.length > 1 ? ` · sum of ${column.names.join(" ")}` : "", column.marked ? " · marked by a human" : "", column.special ? " · special token, not on the colour scale" : "");
+}
+
+function legend(scale) {
+  const stops = [-4, -3, -2, -1, 0, 1, 2, 3, 4].map((step) => tint(step / 4)).join(",");
+  $("v-legend").replaceChildren(`opposes −${plain(scale)}`, h("i", { style: { background: `linear-gradient(to right,${stops})` } }), `+${plain(scale)} supports`,
+    view.sample.units.some(([, flags]) => flags & MARKED) ? h("span", {}, " · ", h("u", {}, "human rationale")) : "");
+}
+
+function gap(row) {
+  return [h("span", { title: "How far the scores are from adding up to the change of the output, relative, at the worst block" }, `completeness gap ${row.gap === null ? "not defined" : percent(row.gap)}`),
+    row.converged ? "" : " ", row.converged ? "" : h("strong", { class: "flag" }, "not converged")];
+}
+
+function metricLine(row) {
+  return Object.entries(row.metrics).map(([name, value]) => {
+    const [label, variant, arrow] = DATA.metrics[name];
+    return `${label}${variant ? ` (${variant})` : ""} ${finite(value) ? value.toFixed(3).replace("-", "−") : "–"} ${arrow}`;
+  }).join("  ·  ");
+}
+
+function compare(sample, cols, special) {
+  $("d-compare").hidden = sample.explanations.length < 2;
+  $("v-compare").replaceChildren(...sample.explanations.map((row) => {
+    const values = sums(unpack(row.scores, special), cols);
+    const text = h("div", { class: "text", dir: "auto" });
+    paint(text, cols, values, wordScale(values, cols), `decision (${DATA.methods[row.method]})`);
+    return h("div", {}, h("p", {}, h("b", {}, DATA.methods[row.method]), ...gap(row)), text);
+  }));
+}
+
+function wordTable(sample, cols, special, layerValues, place) {
+  const scores = sample.explanations.map((row) => sums(unpack(row.scores, special), cols));
+  const scales = scores.map((values) => wordScale(values, cols));
+  const head = [view.pieces ? "piece" : "word", ...sample.explanations.map((row) => DATA.methods[row.method])];
+  if (layerValues) head.push(place);
+  $("v-table").replaceChildren(h("table", {},
+    h("thead", {}, h("tr", {}, ...head.map((text) => h("th", { scope: "col" }, text)))),
+    h("tbody", {}, ...cols.map((column, i) => h("tr", {},
+      h("th", { scope: "row", class: column.marked ? "marked" : null, dir: "auto" }, column.text),
+      ...scores.map((values, k) => h("td", { style: { backgroundColor: column.special ? "" : tint(values[i] / scales[k]) } }, signed(values[i]))),
+      layerValues ? h("td", {}, signed(layerValues[i])) : null)))));
+}
+
+function toggle(text, pressed, onclick) {
+  const node = h("button", { type: "button", "aria-pressed": String(pressed) }, text);
+  node.onclick = onclick;
+  return node;
+}
+
+const press = (id, on) => $(id).setAttribute("aria-pressed", String(on));

@@ -1,0 +1,71 @@
+"""What the report page is made of: plain frozen rows, filled by the report stage from a run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Control = Literal["none", "random", "reversed"]
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One cell of the metric table: a mean over samples and its 95 % interval."""
+
+    method: str
+    metric: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    control: Control = "none"
+
+
+@dataclass(frozen=True)
+class SampleExplanation:
+    """One method's explanation of one sample."""
+
+    method: str
+    scores: Sequence[float]
+    """(T,) signed relevance."""
+    layer_scores: Sequence[Sequence[float]] | None = None
+    """(L, T) for l = 1..L, from the first block to the decision."""
+    completeness_gap: float | None = None
+    """Relative; the maximum over layers. None where the method defines none."""
+    converged: bool = True
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One explained input."""
+
+    sample_id: int
+    tokens: Sequence[str]
+    word_ids: Sequence[int | None]
+    """(T,) the word of each piece, None for special tokens."""
+    label: int | None
+    prediction: int
+    probability: float
+    rationale: Sequence[int] | None = None
+    """One entry per word id, 1 where a human marked the word; may be longer than what truncation kept."""
+    explanations: Sequence[SampleExplanation] = ()
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything on the page."""
+
+    title: str
+    summary: Mapping[str, float | str | None] = field(default_factory=dict)
+    """summary.json: flat scalar keys such as ``test/accuracy``."""
+    config_yaml: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    """Scalar key to (step, value) points."""
+    metrics: Sequence[MetricRow] = ()
+    samples: Sequence[Sample] = ()
+    label_names: Sequence[str] = ()
+    primary_method: str = ""
+    failures: Sequence[Mapping[str, Any]] = ()
+    """Rows of failures.jsonl: ``sample_id``, ``method``, ``reason``."""

@@ -1,0 +1,133 @@
+"""Signed highlighting of a text: as HTML with inline styles, and for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from rich.text import Text
+
+from calig.pipeline.errors import InputError
+from calig.pipeline.render.color import OPPOSES, SUPPORTS, abs_scale, css_tint, hex_color, unit
+from calig.pipeline.render.pieces import Word, merge_pieces
+
+_BOX = "background:Canvas;color:CanvasText;font:15px/1.9 system-ui,sans-serif;overflow-wrap:anywhere"
+_SMALL = "font-size:12px;opacity:.7"
+
+
+def token_html(
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    *,
+    rationale: Sequence[int] | None = None,
+    title: str | None = None,
+    scale: float | None = None,
+    word_ids: Sequence[int | None] | None = None,
+    legend: bool = False,
+) -> str:
+    """HTML fragment of a text with signed highlighting; inline styles only, loads nothing, every text escaped.
+
+    Args:
+        tokens: (T,) pieces as the tokenizer names them.
+        scores: (T,) signed relevance, positive supports the objective.
+        rationale: 1 on the words that a human marked, underlined: one entry per word id where ``word_ids`` is given
+            (it may be longer than what truncation kept), else one per token.
+        title: A line above the text.
+        scale: The score of full colour; None takes the largest absolute word score (special tokens left out), which
+            is then also the scale that the legend names.
+        word_ids: (T,) the word of each piece, None for special tokens; given, the pieces of a word are summed.
+        legend: Whether a legend stands below the text.
+    """
+    words = merge_pieces(tokens, scores, word_ids)
+    scale = word_scale(words) if scale is None else scale
+    parts = [f'<div style="{_BOX}">']
+    if title is not None:
+        parts.append(f'<div style="font-weight:600">{escape(title)}</div>')
+    parts.append(f'<div dir="auto">{word_spans(words, rationale=rationale, scale=scale)}</div>')
+    if legend:
+        parts.append(legend_html(scale))
+    return "".join([*parts, "</div>"])
+
+
+def word_spans(words: Sequence[Word], *, rationale: Sequence[int] | None = None, scale: float | None = None) -> str:
+    """The words alone, as inline ``span`` elements on a transparent ground, for a page with colours of its own."""
+    scale = word_scale(words) if scale is None else scale
+    return "".join((" " if word.space else "") + _span(word, scale, in_rationale(word, rationale)) for word in words)
+
+
+def legend_html(scale: float) -> str:
+    """One line: the two colours, what they mean, and the score of full colour."""
+    bar = ",".join(css_tint(step / 4) for step in range(-4, 5))
+    return (
+        f'<div style="{_SMALL}" dir="ltr">opposes −{scale:.3g} <span style="display:inline-block;width:8em;height:.8em;'
+        f'vertical-align:-.1em;background:linear-gradient(to right,{bar})"></span> +{scale:.3g} supports</div>'
+    )
+
+
+def token_text(
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    *,
+    rationale: Sequence[int] | None = None,
+    scale: float | None = None,
+    word_ids: Sequence[int | None] | None = None,
+    legend: bool = False,
+) -> Text:
+    """The same highlighting for the terminal; arguments as in :func:`token_html`.
+
+    Four steps of emphasis that read on light and on dark grounds. Opposing words are also in italics, so that the
+    sign survives where rich drops colours (``NO_COLOR``).
+    """
+    words = merge_pieces(tokens, scores, word_ids)
+    scale = word_scale(words) if scale is None else scale
+    text = Text()
+    for word in words:
+        if word.space:
+            text.append(" ")
+        style = "dim" if word.special else _terminal_style(unit(word.score, scale))
+        text.append(word.text, style=f"{style} underline".strip() if in_rationale(word, rationale) else style)
+    if legend:
+        text.append("\n")
+        text.append(" supports ", style=_terminal_style(1.0))
+        text.append(" ")
+        text.append(" opposes ", style=_terminal_style(-1.0))
+        text.append(f"  full colour at {scale:.3g}", style="dim")
+    return text
+
+
+def word_scale(words: Sequence[Word]) -> float:
+    """The largest absolute score among ordinary words (special tokens would drown them)."""
+    return abs_scale(word.score for word in words if not word.special)
+
+
+def in_rationale(word: Word, rationale: Sequence[int] | None) -> bool:
+    """Whether a human marked the word (see ``rationale`` in :func:`token_html`)."""
+    if rationale is None or word.special:
+        return False
+    index = word.positions[0] if word.word_id is None else word.word_id
+    if index < 0:
+        raise InputError(f"word id {index} of '{word.text}' is negative; special tokens have the word id None.")
+    return index < len(rationale) and bool(rationale[index])
+
+
+def _span(word: Word, scale: float, marked: bool) -> str:
+    if word.special:
+        style = "font-size:.7em;color:GrayText"
+    else:
+        style = f"background:{css_tint(unit(word.score, scale))};border-radius:3px;padding:.1em .15em"
+        if marked:
+            style += ";text-decoration:underline 2px;text-underline-offset:.25em"
+    title = f"{word.score:+.4g}" + (" · human rationale" if marked else "")
+    direction = ' dir="ltr"' if word.special else ""  # else the Latin "CLS" would make every text run left to right
+    return f'<span{direction} style="{style}" title="{escape(title)}">{escape(word.text)}</span>'
+
+
+def _terminal_style(value: float) -> str:
+    size, opposes = abs(value), value < 0
+    if size < 0.1:
+        return ""
+    sign = "italic " if opposes else ""
+    if size >= 0.65:
+        return f"{sign}bold white on {hex_color(OPPOSES if opposes else SUPPORTS)}"
+    color = "#d9731a" if opposes else "#4a90d9"
+    return f"{sign}bold {color}" if size >= 0.35 else f"{sign}{color}"

@@ -1,0 +1,84 @@
+"""fit: fine-tune the classifier, probing its explanations on the way; the best weights end as `model/`."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from calig.pipeline.run import RunContext
+
+
+def run_stage(context: RunContext) -> None:
+    """Train, keep the best checkpoint, and save its weights as a Hugging Face folder."""
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+    from calig.callbacks import AttributionCallback
+    from calig.pipeline.models import load_checkpoint
+
+    config, directory = context.config, context.directory
+    data = context.data
+    module = context.module
+    monitor = config.model.monitor
+    mode = "min" if monitor.endswith(("loss", "gap", "sufficiency")) else "max"
+    checkpoint = ModelCheckpoint(
+        directory / "checkpoints", "best-{epoch:02d}", monitor=monitor, mode=mode, save_last=True, verbose=False
+    )
+    context.callbacks.append(checkpoint)
+    if config.model.early_stopping is not None:
+        context.callbacks.append(EarlyStopping(monitor, patience=config.model.early_stopping, mode=mode))
+    if config.probe.enabled:
+        context.callbacks.insert(
+            0,
+            AttributionCallback(
+                config.probe.method,
+                config.probe.num_samples,
+                config.probe.every_n_epochs,
+                steps=config.probe.steps,
+                options=config.explain.options.get(config.probe.method),
+                tokenizer=data.tokenizer,
+                label_names=data.label_names,
+                folder=directory / "probe",
+                seed=config.seed,
+            ),
+        )
+    # A Trainer that an earlier stage made has none of these callbacks.
+    vars(context).pop("trainer", None)
+    trainer = context.trainer
+    last = directory / "checkpoints" / "last.ckpt"
+    # Data the run has read and tokenised already: loaders, not the module, so that Lightning does not set it up again.
+    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    if checkpoint.best_model_path:
+        load_checkpoint(module.model, checkpoint.best_model_path)
+    if context.is_main:
+        module.model.save_pretrained(directory / "model")
+        data.tokenizer.save_pretrained(directory / "model")
+        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        directory.add_summary(values | best_values(directory / "metrics.csv"))
+        score = checkpoint.best_model_score
+        epoch = trainer.current_epoch
+        best = f"best {monitor} {float(score):.4f}, " if score is not None else ""
+        context.console.say(f"fit      {best}{epoch} epochs, {trainer.global_step:,} steps → {directory / 'model'}")
+    trainer.strategy.barrier("model saved")
+
+
+def best_values(path: Path) -> dict[str, float]:
+    """The best value of every scalar in metrics.csv, under `<key>/best`."""
+    if not path.exists():
+        return {}
+    best: dict[str, float] = {}
+    with path.open(encoding="utf8") as stream:
+        for row in csv.DictReader(stream):
+            for key, text in row.items():
+                if not text or key in ("epoch", "step"):
+                    continue
+                value = float(text)
+                choose = min if lower_is_better(key) else max
+                name = f"{key}/best"
+                best[name] = choose(best[name], value) if name in best else value
+    return best
+
+
+def lower_is_better(key: str) -> bool:
+    """Whether a scalar improves by falling."""
+    name = key.rsplit("/", 1)[-1].split("@")[0]
+    return name in ("loss", "sufficiency", "log_odds", "completeness_gap", "completeness_gap_max", "failed", "seconds")

@@ -1,0 +1,116 @@
+"""report: the run as one self-contained page, made from the files of its directory alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from calig.pipeline.errors import InputError
+from calig.pipeline.loading import learning_curves, rationale_by_word
+from calig.pipeline.metrics import metric_key, summarise
+from calig.pipeline.records import atomic_write, read_lines, read_rows, shards, table_metadata
+from calig.pipeline.render.report import render_report
+from calig.pipeline.render.rows import MetricRow, ReportData, Sample, SampleExplanation
+from calig.pipeline.run import RunContext, RunDirectory
+
+MAX_SAMPLES = 100
+_CURVES = ("train/loss", "val/loss", "val/accuracy", "val/f1", "val/explain/")
+
+
+def run_stage(context: RunContext) -> None:
+    """Write `report.html`."""
+    if context.is_main:
+        path = write_report(context.directory.path)
+        context.console.say(f"report   {path} · {path.stat().st_size / 1e6:.1f} MB")
+
+
+def write_report(run: str | Path) -> Path:
+    """Render the report of a run directory again, from its files.
+
+    Raises:
+        InputError: It is not a run directory.
+    """
+    directory = RunDirectory(Path(run))
+    if not (directory / "config.yaml").exists():
+        raise InputError(f"{run} is not a run directory: it has no config.yaml.")
+    path = directory / "report.html"
+    atomic_write(path, render_report(collect(directory)))
+    return path
+
+
+def collect(directory: RunDirectory) -> ReportData:
+    """Read what the page shows from a run directory; what a run has not made is left out."""
+    from calig.pipeline.compose import load, to_yaml
+
+    config = load(directory.path, check=False)
+    files = shards(directory / "explanations")
+    label_names = table_metadata(files[0]).get("label_names", []) if files else []
+    rows = list(read_rows(directory / "metrics"))
+    metrics = [
+        MetricRow(method, metric, summary.mean, summary.low, summary.high, control)  # type: ignore[arg-type]
+        for (method, control, metric), summary in summarise(rows, seed=config.seed).items()
+        if summary.mean is not None
+    ]
+    curves = {key: points for key, points in learning_curves(directory.path).items() if key.startswith(_CURVES)}
+    return ReportData(
+        title=config.run.name or directory.path.name,
+        summary=directory.summary,
+        config_yaml=to_yaml(config),
+        versions={key: str(value) for key, value in _versions(directory).items()},
+        curves=curves,
+        metrics=metrics,
+        samples=_samples(directory, rows, config.explain.methods),
+        label_names=label_names,
+        primary_method=config.explain.methods[0],
+        failures=read_lines(directory / "failures.jsonl"),
+    )
+
+
+def _versions(directory: RunDirectory) -> dict[str, Any]:
+    import json
+
+    file = directory / "versions.json"
+    return json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
+
+
+def _samples(directory: RunDirectory, metrics: list[dict[str, Any]], methods: list[str]) -> list[Sample]:
+    chosen: set[int] = set()
+    for row in read_rows(directory / "explanations", columns=["sample_id"]):
+        chosen.add(row["sample_id"])
+    chosen = set(sorted(chosen)[:MAX_SAMPLES])
+    values: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)
+    for row in metrics:
+        if row["sample_id"] in chosen and row["control"] == "none" and row["q"] is None and row["value"] is not None:
+            values[row["sample_id"], row["method"]][metric_key(row)] = row["value"]
+    found: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in read_rows(directory / "explanations"):
+        if row["sample_id"] in chosen:
+            found[row["sample_id"]][row["method"]] = row
+    samples = []
+    for sample_id, by_method in sorted(found.items()):
+        rows = [by_method[method] for method in methods if method in by_method]
+        first = rows[0]
+        samples.append(
+            Sample(
+                sample_id=sample_id,
+                tokens=first["tokens"],
+                word_ids=first["word_ids"],
+                label=first["label"],
+                prediction=first["prediction"],
+                probability=first["probability"],
+                rationale=rationale_by_word(first),
+                explanations=[
+                    SampleExplanation(
+                        method=row["method"],
+                        scores=row["scores"],
+                        layer_scores=row["layer_scores"],
+                        completeness_gap=row["completeness_gap"],
+                        converged=row["converged"],
+                        metrics=values[sample_id, row["method"]],
+                    )
+                    for row in rows
+                ],
+            )
+        )
+    return samples

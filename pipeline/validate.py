@@ -1,0 +1,307 @@
+"""What a configuration must satisfy: known keys, types, ranges, and what holds across keys.
+
+Every failure is one ``InputError`` that names the full key, the value, what was expected and, where a YAML file said
+it, that file. ``Origins`` maps a full key to the file that set it last ("" stands for the command line).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import operator
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from calig.pipeline.config import KNOWN_STAGES, Config, describe_schema, hints, show, type_name
+from calig.pipeline.errors import InputError
+
+Origins = Mapping[str, str]
+Section = TypeVar("Section")
+
+_OWNED = {
+    "logger": "calig sets the loggers; see logger.wandb.mode",
+    "callbacks": "calig sets the callbacks; see probe, model.early_stopping and model.monitor",
+    "default_root_dir": "use run.dir",
+}
+"""Trainer arguments that calig sets itself."""
+
+
+def where(key: str, origins: Origins) -> str:
+    """Say which file set a key (or the section above it); empty for the command line."""
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    return f" (in {origins[key]})" if origins.get(key) else ""
+
+
+def wrong(key: str, value: object, expected: str, origins: Origins, hint: str = "") -> InputError:
+    """Build the error for a value that its key does not take."""
+    given = f"'{value}'" if isinstance(value, str) else show(value)
+    return InputError(f"{key}: expected {expected}, got {given}{where(key, origins)}. {hint}".rstrip())
+
+
+def unknown_key(prefix: str, name: str, options: Iterable[str], origin: str = "", hint: str = "") -> InputError:
+    """Build the error for a key that does not exist: names the nearest full key and the options.
+
+    Args:
+        prefix: The section with its dot, ``"explain."``, or ``""`` at the root.
+        name: The key below it; may have further parts.
+        options: The keys that the section has.
+        origin: The file that says it.
+        hint: A sentence put at the end.
+    """
+    options = list(options)
+    head, dot, rest = name.partition(".")
+    everywhere = [row.key for row in describe_schema()]
+    elsewhere = [key for key in everywhere if key.endswith(f".{head}")] if not dot else []
+    near = elsewhere or [prefix + option for option in difflib.get_close_matches(head, options, n=1, cutoff=0.6)]
+    if near and dot:  # a slip in the section's name: keep what follows if it exists there
+        below = [key for key in everywhere if key.startswith(f"{near[0]}.")]
+        near = difflib.get_close_matches(f"{near[0]}.{rest}", below, n=1, cutoff=0.6) or near
+    message = f"unknown key '{prefix}{name}'" + (f" in {origin}." if origin else ".")
+    if near:
+        message += f" Did you mean {' or '.join(repr(key) for key in near)}?"
+    level = f"under '{prefix[:-1]}'" if prefix else "at the top"
+    return InputError(f"{message} Options {level}: {', '.join(options) if options else 'none'}. {hint}".rstrip())
+
+
+def convert(hint: Any, value: Any, key: str, origins: Origins, limits: Mapping[str, float] | None = None) -> Any:
+    """Check a value against a type and return it in that type.
+
+    An int passes as a float and as a string (a column's number, a label); nothing else is converted: a boolean is no
+    number, and ``no`` in a YAML file, which means false there, is no string.
+    """
+    try:
+        result = _fit(hint, value, key)
+    except _Misfit as misfit:
+        if isinstance(value, dict) and value and dict not in [get_origin(part) for part in (hint, *get_args(hint))]:
+            below = f"{key}.{next(iter(value))}"
+            message = (
+                f"unknown key '{below}'{where(key, origins)}: {key} is a value ({type_name(hint)}), not a section."
+            )
+            raise InputError(message) from None
+        key, value, hint = misfit.key, misfit.value, misfit.hint
+        raise wrong(key, value, _expected(hint, limits), origins, _advice(hint, value, key)) from None
+    number = isinstance(result, (int, float)) and not isinstance(result, bool)
+    if limits and number and not _inside(result, limits):
+        raise wrong(key, value, _expected(hint, limits), origins)
+    return result
+
+
+def build(section: type[Section], content: Mapping[str, Any], origins: Origins, prefix: str = "") -> Section:
+    """Make the dataclass of a section out of plain values; missing keys take their defaults."""
+    values: dict[str, Any] = {}
+    types = hints(section)  # type: ignore[arg-type]
+    for item in fields(section):  # type: ignore[arg-type]  # Section is a dataclass
+        if item.name not in content:
+            continue
+        key, hint = f"{prefix}{item.name}", types[item.name]
+        if is_dataclass(hint):
+            values[item.name] = build(hint, content[item.name], origins, f"{key}.")  # type: ignore[arg-type]
+        else:
+            values[item.name] = convert(hint, content[item.name], key, origins, item.metadata["limits"])
+    return section(**values)
+
+
+def check_values(config: Config, origins: Origins) -> None:
+    """Check what holds between keys."""
+    for key, names in (("stages", config.stages), ("explain.methods", config.explain.methods)):
+        if not names:
+            raise wrong(key, names, "at least one", origins)
+        _no_repeats(key, names, origins)
+    for stage in config.stages:
+        _among("stages", "stage", stage, KNOWN_STAGES, origins)
+    if isinstance(config.explain.operator, list):
+        if not config.explain.operator:
+            raise wrong("explain.operator", [], "at least one", origins)
+        _no_repeats("explain.operator", config.explain.operator, origins)
+    _check_data(config, origins)
+    scratch = config.model.scratch
+    if scratch.width % scratch.heads:
+        expected = f"a multiple of model.scratch.heads={scratch.heads}"
+        raise wrong("model.scratch.width", scratch.width, expected, origins)
+    checkpoint = config.model.checkpoint
+    scratched = config.model.name is None and not (checkpoint and Path(checkpoint).is_dir())
+    if scratched and config.data.max_length > scratch.max_positions:
+        hint = f"Lower it, or set model.scratch.max_positions={config.data.max_length}."
+        expected = f"at most model.scratch.max_positions={scratch.max_positions}"
+        raise wrong("data.max_length", config.data.max_length, expected, origins, hint)
+    if config.run.resume is not None:
+        if config.run.overwrite:
+            raise InputError(
+                "run.resume and run.overwrite=true exclude each other: continue the run, or start it anew."
+            )
+        if config.run.dir is not None and Path(config.run.dir) != Path(config.run.resume):
+            expected = f"the directory of run.resume={config.run.resume}, where the run goes on"
+            raise wrong("run.dir", config.run.dir, expected, origins, "Leave run.dir out.")
+    for name, instead in _OWNED.items():
+        if name in config.trainer:
+            raise InputError(f"trainer.{name} is not free{where(f'trainer.{name}', origins)}: {instead}.")
+
+
+def check_methods(config: Config, origins: Origins) -> None:
+    """Check method names against the registry and ``explain.options`` against each method's options, in place."""
+    from calig.pipeline.attribution.methods import available_methods, method_options
+
+    known = available_methods()
+    for method in config.explain.methods:
+        _among("explain.methods", "method", method, known, origins)
+    if config.probe.enabled:
+        _among("probe.method", "method", config.probe.method, known, origins)
+    for method, given in config.explain.options.items():
+        if method not in known:
+            raise unknown_key("explain.options.", method, known, _origin(f"explain.options.{method}", origins))
+        schema = method_options(method)
+        types = get_type_hints(schema)
+        names = [item.name for item in fields(schema)]
+        prefix = f"explain.options.{method}."
+        for name, value in given.items():
+            if name not in names:
+                raise unknown_key(prefix, name, names, _origin(prefix + name, origins))
+            given[name] = convert(types[name], value, prefix + name, origins)
+        try:
+            schema(**given)  # its own ranges and what it allows together
+        except InputError as error:
+            key = f"explain.options.{method}"
+            raise InputError(f"{key}{where(key, origins)}: {error}") from error
+
+
+def check_trainer(config: Config, origins: Origins | None = None) -> None:
+    """Check ``trainer.*`` against the installed Lightning's ``Trainer`` (imports it, which takes seconds)."""
+    from lightning import Trainer
+
+    origins = origins or {}
+    arguments = inspect.signature(Trainer).parameters
+    free = sorted(name for name in arguments if name not in _OWNED)
+    for name, value in config.trainer.items():
+        key = f"trainer.{name}"
+        if name not in arguments:
+            raise unknown_key("trainer.", name, free, _origin(key, origins), "These are the arguments of Trainer.")
+        annotation = arguments[name].annotation
+        if annotation is not inspect.Parameter.empty and not isinstance(annotation, str):
+            convert(annotation, value, key, origins)
+
+
+def _check_data(config: Config, origins: Origins) -> None:
+    data = config.data
+    if data.name is None and data.path is None:
+        raise InputError(
+            "data.name and data.path are both null: set data.path=FILE_OR_FOLDER for your own files, "
+            "data.name=controlled for the built-in corpus, or data.name=NAME for a data set of the hub."
+        )
+    if data.name is not None and data.path is not None:
+        name, path = f"{data.name}{where('data.name', origins)}", f"{data.path}{where('data.path', origins)}"
+        raise InputError(
+            f"data.name={name} and data.path={path} exclude each other: for your own files "
+            "add data=files (or data.name=null), else drop data.path."
+        )
+    if data.val_fraction + data.test_fraction >= 1:
+        expected = f"less than 1 together with data.test_fraction={data.test_fraction}"
+        raise wrong("data.val_fraction", data.val_fraction, expected, origins)
+    if data.label_map is not None and not data.label_map:
+        raise wrong("data.label_map", {}, "at least one label, or null", origins)
+
+
+def _origin(key: str, origins: Origins) -> str:
+    return where(key, origins)[len(" (in ") : -1]
+
+
+def _among(key: str, kind: str, given: str, options: Iterable[str], origins: Origins) -> None:
+    names = list(options)
+    if given in names:
+        return
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    guess = f" Did you mean '{near[0]}'?" if near else ""
+    message = f"{key}: unknown {kind} '{given}'{where(key, origins)}.{guess} Options: {', '.join(names)}."
+    raise InputError(message)
+
+
+def _no_repeats(key: str, names: Iterable[str], origins: Origins) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{key}: '{name}' is listed {count} times{where(key, origins)}.")
+
+
+class _Misfit(Exception):
+    """A value that does not have its type; raised with the innermost key."""
+
+    def __init__(self, hint: Any, value: Any, key: str) -> None:
+        super().__init__(key)
+        self.hint, self.value, self.key = hint, value, key
+
+
+def _fit(hint: Any, value: Any, key: str) -> Any:
+    """Return the value in the type, or raise _Misfit."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return _fit_union(hint, value, key)
+    if origin is Literal:
+        if any(value == arg and type(value) is type(arg) for arg in args):
+            return value
+    elif origin in (list, tuple) and isinstance(value, (list, tuple)):
+        inner = args[0] if args else Any
+        return origin(_fit(inner, item, f"{key}[{index}]") for index, item in enumerate(value))
+    elif origin is dict and isinstance(value, dict):
+        return {_name(name, key): _fit(args[1], item, f"{key}.{name}") for name, item in value.items()}
+    elif hint is Any or (hint in (NoneType, None) and value is None):
+        return value
+    elif isinstance(hint, type) and origin is None:
+        if type(value) is hint or (isinstance(value, hint) and not isinstance(value, bool)):
+            return value
+        if hint in (float, str) and type(value) is int:
+            return hint(value)
+    raise _Misfit(hint, value, key)
+
+
+def _fit_union(hint: Any, value: Any, key: str) -> Any:
+    args = get_args(hint)
+    for arg in args:  # the exact type first: with int | float a 1.0 stays a float, with list | str a 2 is no string
+        if arg is type(value):
+            return value
+    inner = None
+    for arg in args:
+        try:
+            return _fit(arg, value, key)
+        except _Misfit as misfit:
+            if misfit.key != key:  # the right container with a wrong element: that element is what to name
+                inner = misfit
+    raise inner or _Misfit(hint, value, key)
+
+
+def _name(name: object, key: str) -> str:
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        # YAML reads yes, no, on and off as booleans
+        raise _Misfit(str, name, f"{key}.{show(name)}")
+    return str(name)
+
+
+def _inside(value: float, limits: Mapping[str, float]) -> bool:
+    tests = {"low": operator.ge, "high": operator.le, "above": operator.gt, "below": operator.lt}
+    return math.isfinite(value) and all(tests[name](value, bound) for name, bound in limits.items())
+
+
+def _expected(hint: Any, limits: Mapping[str, float] | None) -> str:
+    """Spell the type with its range at the number: ``int >= 2 | auto``."""
+    text = type_name(hint)
+    signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
+    bounds = " and ".join(f"{sign} {limits[name]}" for name, sign in signs.items() if limits and name in limits)
+    number = "float" if "float" in text else "int"
+    return text.replace(number, f"{number} {bounds}", 1) if bounds else text
+
+
+def _advice(hint: Any, value: Any, key: str) -> str:
+    """A way out for the slips that are common."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    literals = [str(arg) for part in parts if get_origin(part) is Literal for arg in get_args(part)]
+    near = difflib.get_close_matches(str(value), literals, n=1, cutoff=0.5)
+    if near:
+        return f"Did you mean '{near[0]}'?"
+    if isinstance(value, str) and any(get_origin(part) is list for part in parts) and not literals:
+        return f"A list is written {key}=[{value}]."
+    if str in parts and isinstance(value, (bool, float)):
+        return "Put it in quotes if it is meant as text."
+    return ""
