@@ -53,12 +53,14 @@ LABELS: Final[tuple[str, str]] = ("negative", "positive")
 DEFAULT_SIZES: Final[dict[str, int]] = {"train": 20000, "val": 800, "test": 1000}
 MAX_SENTENCES: Final = 1_000_000  # over all splits; drawing this many has been tried
 
+# Chosen so that at the default sizes word counts stay far from the label (logistic regression: 64 %) while a BERT of
+# four layers and width 96 reads the structure from scratch within 1,300 steps.
 _MIN_WORDS, _MAX_WORDS = 8, 22
 _MAX_REPEATS: Final = 1000  # unusable draws in a row after which the grammar counts as exhausted
 _P_NEGATION: Final = 0.2  # per negation slot
 _P_OPPOSED: Final = 0.75  # sentiment that does not decide contradicts the label
-_P_BEFORE: Final = 0.5  # sentiment that does not decide stands before, and (independently) behind the deciding clause
-_P_BEHIND: Final = 0.2
+_P_BEFORE: Final = 0.45  # sentiment that does not decide stands before, and (independently) behind the deciding clause
+_P_BEHIND: Final = 0.3
 _P_OPENING: Final = 0.15  # a neutral clause opens, and (independently) closes the sentence
 _P_CLOSING: Final = 0.25
 

@@ -141,7 +141,8 @@ def _clauses(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield each clause with the word that opened it ("" for the first), titles left out."""
     if isinstance(words, str):
         raise InputError(f"words is the string {words!r}, expected a list of words. Pass words.split().")
-    opener, clause, in_title = "", [], False
+    opener, in_title = "", False
+    clause: list[str] = []
     for word in words:
         if word == _QUOTE:
             in_title = not in_title

@@ -52,6 +52,7 @@ class ScratchConfig:
     vocab_size: int = _key(2000, "size of the word-piece vocabulary trained on the training split", low=16)
     max_positions: int = _key(512, "longest input in tokens", low=2)
     dropout: float = _key(0.1, "dropout of hidden states and attention", low=0, below=1)
+    initializer_range: float = _key(0.02, "standard deviation of the initial weights", above=0)
 
 
 @dataclass
@@ -84,8 +85,8 @@ class ColumnsConfig:
 class SizeConfig:
     """Sentences per split of the controlled corpus."""
 
-    train: int = _key(6000, "training sentences", low=1)
-    val: int = _key(600, "validation sentences", low=1)
+    train: int = _key(20000, "training sentences", low=1)
+    val: int = _key(800, "validation sentences", low=1)
     test: int = _key(1000, "test sentences", low=1)
 
 

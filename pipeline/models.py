@@ -105,6 +105,7 @@ def _from_scratch(config: ModelConfig, labels: dict[str, Any], tokenizer: Any) -
         "max_position_embeddings": scratch.max_positions,
         "hidden_dropout_prob": scratch.dropout,
         "attention_probs_dropout_prob": scratch.dropout,
+        "initializer_range": scratch.initializer_range,
     }
     special = {
         f"{name}_token_id": token

@@ -42,9 +42,9 @@ AttentionInterface.register(RECORDER, _record)
 AttentionMaskInterface.register(RECORDER, eager_mask)
 
 
-def uses_attention_interface(model: nn.Module) -> bool:
+def uses_attention_interface(model: PreTrainedModel | None) -> bool:
     """Whether the recorder can be switched on in this model: tried, verified, and undone."""
-    if not isinstance(model, PreTrainedModel):
+    if model is None:
         return False
     previous = model.config._attn_implementation
     try:

@@ -54,7 +54,7 @@ def _embedding_row(model: ExplainableModel, baseline: Baseline) -> Tensor:
         return weight.mean(dim=0)
     token = getattr(model.tokenizer, f"{baseline}_token_id", None)
     if token is None and baseline == "pad":
-        token = getattr(getattr(model.module, "config", None), "pad_token_id", None)
+        token = getattr(model.structure.config, "pad_token_id", None)
         if token is None:
             return weight.mean(dim=0)
     if token is None:

@@ -182,8 +182,8 @@ def attention_matrices(
     tokens = inputs.mask.shape[1]
     blocks: list[list[Tensor]] = []
     readouts = []
-    heads = getattr(getattr(model.module, "config", None), "num_attention_heads", 12)
-    layers = getattr(getattr(model.module, "config", None), "num_hidden_layers", len(model.structure.blocks))
+    heads = getattr(model.structure.config, "num_attention_heads", 12)
+    layers = getattr(model.structure.config, "num_hidden_layers", len(model.structure.blocks))
     # A budget of tokens does not bound what grows with their square.
     rows_at_once = max(1, _ATTENTION_FLOATS // (2 * layers * heads * tokens * tokens))
     narrow = min(rows_at_once, max(1, model.max_tokens // tokens))

@@ -171,7 +171,7 @@ class ExplainableModel:
     def _special_ids(self) -> list[int]:
         if self.tokenizer is not None:
             return list(self.tokenizer.all_special_ids)
-        config = getattr(self.module, "config", None)
+        config = self.structure.config
         ids = [getattr(config, f"{name}_token_id", None) for name in ("cls", "sep", "bos", "eos")]
         return [token for token in ids if isinstance(token, int)]
 
@@ -266,7 +266,7 @@ class ExplainableModel:
 
     def _require_interface(self) -> Any:
         if self._has_interface is None:
-            self._has_interface = uses_attention_interface(self.module)
+            self._has_interface = uses_attention_interface(self.structure.host)
         if not self._has_interface:
             from calig.pipeline.attribution.methods import available_methods, method_class
 
@@ -275,7 +275,7 @@ class ExplainableModel:
                 f"'{self.structure.family}' does not use the attention interface of transformers, so its attention "
                 f"maps cannot be recorded. Methods that work on it: {', '.join(names)}."
             )
-        return self.module
+        return self.structure.host
 
     def chunks(self, rows: Tensor, tokens: int) -> Iterator[Tensor]:
         """Cut (N,) row indices into pieces that fit the token budget."""
