@@ -51,14 +51,17 @@ class RunDirectory:
     @property
     def finished(self) -> list[str]:
         """The stages that have run to their end."""
-        file = self.path / "versions.json"
-        return json.loads(file.read_text(encoding="utf8")).get("stages", []) if file.exists() else []
+        file = self.path / ".stages.json"
+        return json.loads(file.read_text(encoding="utf8"))["finished"] if file.exists() else []
 
     def mark_finished(self, stage: str) -> None:
         """Remember that a stage has run to its end."""
-        file = self.path / "versions.json"
-        values = json.loads(file.read_text(encoding="utf8"))
-        write_json(file, values | {"stages": [*self.finished, stage]})
+        write_json(self.path / ".stages.json", {"finished": [*self.finished, stage]})
+
+    @property
+    def has_results(self) -> bool:
+        """Whether anything was computed: a stage has ended, or weights or explanations were written."""
+        return bool(self.finished) or any((self / name).exists() for name in ("checkpoints", "explanations"))
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -135,7 +138,8 @@ class RunContext:
         from lightning.pytorch import Trainer
 
         arguments: dict[str, Any] = {
-            "log_every_n_steps": 10,
+            # A short epoch is logged too.
+            "log_every_n_steps": max(1, min(10, len(self.data.train_dataloader()))) if "train" in self.data.splits else 10,
             "enable_model_summary": False,
             # Without the fit stage nothing is trained, and Lightning would add a checkpoint callback of its own.
             "enable_checkpointing": any(type(item).__name__ == "ModelCheckpoint" for item in self.callbacks),
@@ -181,25 +185,31 @@ def run(config: Config) -> int:
     from calig.pipeline.stages import stage_function
 
     directory, done = open_directory(config)
-    with Console(directory / "log.txt", main=is_main_process()) as console:
-        todo = [stage for stage in config.stages if stage not in done]
-        if not todo:
-            console.say(f"{directory.path} is finished; its results are in {directory / 'report.html'}")
-            return 0
-        context = RunContext(config, directory, console)
-        console.say(f"run      {config.run.name} → {directory.path}")
-        try:
-            for stage in todo:
-                console.stage(stage)
-                stage_function(stage)(context)
-                if context.is_main:
-                    directory.mark_finished(stage)
-        finally:
-            if "loggers" in vars(context):
-                finish_loggers(context.loggers, directory.path, main=context.is_main)
-        if context.is_main:
-            console.results(context)
-        return 3 if context.failed else 0
+    try:
+        with Console(directory / "log.txt", main=is_main_process()) as console:
+            todo = [stage for stage in config.stages if stage not in done]
+            if not todo:
+                console.say(f"{directory.path} is finished; its results are in {directory / 'report.html'}")
+                return 0
+            context = RunContext(config, directory, console)
+            console.say(f"run      {config.run.name} → {directory.path}")
+            try:
+                for stage in todo:
+                    console.stage(stage)
+                    stage_function(stage)(context)
+                    if context.is_main:
+                        directory.mark_finished(stage)
+            finally:
+                if "loggers" in vars(context):
+                    finish_loggers(context.loggers, directory.path, main=context.is_main)
+            if context.is_main:
+                console.results(context)
+            return 3 if context.failed else 0
+    except InputError:
+        # Bad input that shows before any work: the directory must not stand in the way of the next try.
+        if config.run.resume is None and is_main_process() and not directory.has_results:
+            shutil.rmtree(directory.path)
+        raise
 
 
 def open_directory(config: Config) -> tuple[RunDirectory, list[str]]:
