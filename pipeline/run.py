@@ -139,7 +139,9 @@ class RunContext:
 
         arguments: dict[str, Any] = {
             # A short epoch is logged too.
-            "log_every_n_steps": max(1, min(10, len(self.data.train_dataloader()))) if "train" in self.data.splits else 10,
+            "log_every_n_steps": max(1, min(10, len(self.data.train_dataloader())))
+            if "train" in self.data.splits
+            else 10,
             "enable_model_summary": False,
             # Without the fit stage nothing is trained, and Lightning would add a checkpoint callback of its own.
             "enable_checkpointing": any(type(item).__name__ == "ModelCheckpoint" for item in self.callbacks),

@@ -28,7 +28,12 @@ def train(folder, callbacks, **arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"accumulate_grad_batches": 2}, {"val_check_interval": 1}, {"accumulate_grad_batches": 3, "val_check_interval": 1}],
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"val_check_interval": 1},
+        {"accumulate_grad_batches": 3, "val_check_interval": 1},
+    ],
 )
 def test_training_is_bit_identical_with_and_without_it(tmp_path, arguments):
     plain, _ = train(tmp_path, [], **arguments)

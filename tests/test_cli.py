@@ -96,7 +96,9 @@ def test_rows_equal_what_attribute_says_of_the_saved_model(run_dir):
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     row = next(row for row in read_rows(run_dir / "explanations") if row["method"] == "ca_lig")
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(row["tokens"])])
-    result = attribute(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tokenizer=tokenizer, steps="auto")
+    result = attribute(
+        model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tokenizer=tokenizer, steps="auto"
+    )
     assert torch.allclose(result.scores[0], torch.tensor(row["scores"]), atol=1e-4)
     assert int(result.target) == row["target"] and int(result.steps_used) == row["steps_used"]
 
@@ -226,7 +228,9 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):
 
 
 def test_own_data_with_own_columns(tmp_path):
-    rows = [{"review": f"{word} thing {i}", "stars": stars} for i in range(40) for word, stars in (("good", 5), ("bad", 1))]
+    rows = [
+        {"review": f"{word} thing {i}", "stars": stars} for i in range(40) for word, stars in (("good", 5), ("bad", 1))
+    ]
     with (tmp_path / "reviews.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, ["review", "stars"])
         writer.writeheader()
@@ -259,7 +263,12 @@ def test_a_method_that_fails_is_kept_as_a_failure_and_the_run_ends_with_3(run_di
     shutil.copytree(run_dir / "model", folder)
     size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     config = MPNetConfig(
-        vocab_size=size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=0
+        vocab_size=size,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=0,
     )
     MPNetForSequenceClassification(config).save_pretrained(folder)
     arguments = [f"model.name={folder}", "explain.methods=[input_x_gradient,attention_rollout]", "probe.enabled=false"]

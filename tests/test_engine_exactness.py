@@ -107,8 +107,7 @@ def test_attention_gradient_equals_central_differences_in_float64():
             module.value.register_forward_hook(lambda _m, _a, out: value.update(v=out)),
             module.register_forward_hook(
                 lambda _m, _a, out: (
-                    out[0]
-                    + torch.einsum("bhqk,bkhd->bqhd", nudge, value["v"].unflatten(-1, (3, 8))).flatten(-2),
+                    out[0] + torch.einsum("bhqk,bkhd->bqhd", nudge, value["v"].unflatten(-1, (3, 8))).flatten(-2),
                     out[1],
                 )
             ),

@@ -49,7 +49,9 @@ def test_batch_and_padding_do_not_matter(bert, method):
             assert (together.layer_scores[row, :, length:] == 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"path": "straight"}, {"steps": "auto"}, {"path": "straight", "steps": "auto"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"path": "straight"}, {"steps": "auto"}, {"path": "straight", "steps": "auto"}]
+)
 def test_token_budget_does_not_change_results(bert, batch, options):
     whole = attribute(bert, batch, "ca_lig", target=0, **options)
     narrow = attribute(ExplainableModel(bert, max_tokens=9), batch, "ca_lig", target=0, **options)

@@ -102,7 +102,9 @@ def test_direct_imports_are_declared_and_nothing_else_is():
     names = {"PIL": "pillow", "jinja2": "jinja2"}
     used = {name.split(".")[0] for path in sources() for name in imports(path)} - {"calig", "__future__"}
     used = {names.get(name, name) for name in used if name not in sys.stdlib_module_names}
-    assert used == declared, f"imported and not declared: {used - declared}; declared and not imported: {declared - used}"
+    assert used == declared, (
+        f"imported and not declared: {used - declared}; declared and not imported: {declared - used}"
+    )
 
 
 def test_files_are_rooms_not_halls():
@@ -120,7 +122,9 @@ def test_documented_commands_and_files_exist():
     from calig.pipeline.compose import compose
 
     text = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-    for name in set(re.findall(r"`((?:docs|scripts|configs|tests|pipeline|callbacks|datamodules)/[\w/.]+\.\w+)`", text)):
+    for name in set(
+        re.findall(r"`((?:docs|scripts|configs|tests|pipeline|callbacks|datamodules)/[\w/.]+\.\w+)`", text)
+    ):
         assert (ROOT / name).exists(), f"the docs name {name}"
     for name in set(re.findall(r"experiment=(\w+)", text)) - {"NAME"}:
         compose([f"experiment={name}"], check=False)

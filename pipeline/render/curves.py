@@ -51,7 +51,8 @@ def curve_panels(curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[Pa
 
 
 def _panel(title: str, lines: Mapping[str, Points]) -> Panel:
-    names = sorted(lines, key=lambda name: name != "train")  # train is drawn first, underneath
+    # train is drawn first, underneath; controls come last, so that the method itself has the accent
+    names = sorted(lines, key=lambda name: (name != "train", name.endswith("/reversed"), name == "random"))
     others = [name for name in names if name != "train"]
     kinds = {name: "train" if name == "train" else f"s{min(others.index(name), 4)}" for name in names}
     series = [Series(name, number(lines[name][-1][1]), kinds[name]) for name in names]

@@ -95,6 +95,7 @@ def _render(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence
         tables=[("", main), ("Other operators and logits", other)],
         shown=len(samples),
         total=len(data.samples),
+        explained=len(data.samples) if data.explained is None else data.explained,
         static=[_static_sample(sample, primary, data.label_names) for sample in samples[:STATIC_SAMPLES]],
         legend=Markup(legend_html(1.0).replace("−1 ", "").replace(" +1 ", " ")),
         payload=Markup(script_json(page_data(data, samples, layer_methods))),

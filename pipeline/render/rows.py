@@ -67,5 +67,7 @@ class ReportData:
     samples: Sequence[Sample] = ()
     label_names: Sequence[str] = ()
     primary_method: str = ""
+    explained: int | None = None
+    """How many samples the run has explained, where ``samples`` are only some of them."""
     failures: Sequence[Mapping[str, Any]] = ()
     """Rows of failures.jsonl: ``sample_id``, ``method``, ``reason``."""

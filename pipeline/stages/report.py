@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,16 @@ from calig.pipeline.render.rows import MetricRow, ReportData, Sample, SampleExpl
 from calig.pipeline.run import RunContext, RunDirectory
 
 MAX_SAMPLES = 100
-_CURVES = ("train/loss", "val/loss", "val/accuracy", "val/f1", "val/explain/")
+_CURVES = ("train/loss", "val/loss", "val/accuracy")
+_PROBE_CURVES = (
+    "comprehensiveness",
+    "sufficiency",
+    "token_f1",
+    "auprc",
+    "completeness_gap",
+    "drift",
+    "special_share",
+)
 
 
 def run_stage(context: RunContext) -> None:
@@ -50,9 +60,10 @@ def collect(directory: RunDirectory) -> ReportData:
     metrics = [
         MetricRow(method, metric, summary.mean, summary.low, summary.high, control)  # type: ignore[arg-type]
         for (method, control, metric), summary in summarise(rows, seed=config.seed).items()
-        if summary.mean is not None
+        # The method `random` is measured as the control, which stands below the methods.
+        if summary.mean is not None and (method, control) != ("random", "none")
     ]
-    curves = {key: points for key, points in learning_curves(directory.path).items() if key.startswith(_CURVES)}
+    curves = {name: points for key, points in learning_curves(directory.path).items() if (name := _curve(key))}
     return ReportData(
         title=config.run.name or directory.path.name,
         summary=directory.summary,
@@ -61,15 +72,28 @@ def collect(directory: RunDirectory) -> ReportData:
         curves=curves,
         metrics=metrics,
         samples=_samples(directory, rows, config.explain.methods),
+        explained=len({row["sample_id"] for row in read_rows(directory / "explanations", columns=["sample_id"])}),
         label_names=label_names,
         primary_method=config.explain.methods[0],
         failures=read_lines(directory / "failures.jsonl"),
     )
 
 
-def _versions(directory: RunDirectory) -> dict[str, Any]:
-    import json
+def _curve(key: str) -> str | None:
+    """The key of a curve that the page shows; None for the many that stay in metrics.csv."""
+    if key in _CURVES:
+        return key
+    parts = key.split("/")
+    if parts[:2] != ["val", "explain"]:
+        return None
+    if parts[-2] == "layer_profile":
+        return f"val/explain/block {int(parts[-1])}/layer profile"  # one panel, one line per block
+    # Metrics of another operator than the default have a suffix; logits and variants stay in the file.
+    name = parts[-1].split("@")[0]
+    return key if name in _PROBE_CURVES and not key.endswith((".logit", "@absolute")) else None
 
+
+def _versions(directory: RunDirectory) -> dict[str, Any]:
     file = directory / "versions.json"
     return json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
 
