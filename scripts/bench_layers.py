@@ -2,9 +2,9 @@
 
     python scripts/bench_layers.py [--layers 6 --width 384 --heads 12 --tokens 24 --batch 8 --steps 16 --repeats 5]
 
-Both run in this process on the same random BERT with the same number of nodes; what counts is the ratio. Captum takes a
-straight line at each layer: `path=straight` is the like-for-like row. `path=shared`, which the pipeline uses, follows the
-image of one line through all layers.
+Both run in this process on the same random BERT with the same number of nodes; what counts is the ratio. Captum takes
+a straight line at each layer: `path=straight` is the like-for-like row. `path=shared`, which the pipeline uses, follows
+the image of one line through all layers.
 """
 
 import argparse
