@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
-from calig.callbacks.media import Html, MediaLog
-from calig.callbacks.probe import Probe, find_model, gather
+from calig.callbacks.development import Development, layer_shares, probe_scalars
+from calig.callbacks.media import MediaLog, probe_media
+from calig.callbacks.probe import Probe, explain_each, gather, numbered
+from calig.callbacks.target import candidates, check_strategy, find_model, first_loader, half_precision
+from calig.pipeline.attribution import UnsupportedModelError
 from calig.pipeline.errors import InputError
-from calig.pipeline.explainer import (
-    Explained,
-    Explainer,
-    ExplainSettings,
-    perturbation_tokens,
-    scalar_key,
-    settings_for,
-)
-from calig.pipeline.loading import rationale_by_word
-from calig.pipeline.metrics import drift, layer_profile, summarise
+from calig.pipeline.explainer import Explainer, ExplainSettings, SampleFailure, perturbation_tokens, settings_for
 from calig.pipeline.records import EXPLANATION_SCHEMA, write_table
-from calig.pipeline.render.figures import layer_heatmap
-from calig.pipeline.render.figures import layer_profile as layer_profile_image
-from calig.pipeline.render.tokens import token_html
-
-_REFUSED = ("FSDPStrategy", "DeepSpeedStrategy")
 
 
 class AttributionCallback(Callback):
@@ -59,10 +47,13 @@ class AttributionCallback(Callback):
         num_shown: Samples that are logged as pictures.
         batch_size: Samples per attribution batch.
         seed: Chooses the samples and the random control.
+        inputs: Makes the model's inputs of a validation batch, where the loader gives tuples or other keys; None
+            takes the batch for a mapping with `input_ids`, `attention_mask` and `labels` (or `label`).
 
     Raises:
-        InputError: In `setup`, for an unknown method or option, a strategy that shards parameters, no validation
-            loader, or no model to explain; the message names the way out.
+        InputError: Before the first step, for an unknown method or option, a strategy that shards parameters, no
+            validation loader, a batch without `input_ids`, or no model to explain; the message names the way out.
+            Later on nothing is raised: samples that cannot be explained are counted and named in one warning.
 
     Example::
 
@@ -86,6 +77,7 @@ class AttributionCallback(Callback):
         num_shown: int = 8,
         batch_size: int = 16,
         seed: int = 0,
+        inputs: Callable[[Any], Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         if num_samples < 1 or every_n_epochs < 1:
@@ -103,12 +95,14 @@ class AttributionCallback(Callback):
         self.num_shown = num_shown
         self.batch_size = batch_size
         self.seed = seed
+        self.inputs = inputs
         self._explainer: Explainer | None = None
         self._probe: Probe | None = None
+        self._last = Development()
         self._shown: list[dict[str, Any]] = []
         self._profile: list[float] = []
         self._media: MediaLog | None = None
-        self._previous: dict[int, list[float]] = {}
+        self._warned: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -117,28 +111,53 @@ class AttributionCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The last probe's scores, which the drift is measured against; plain values only."""
-        return {"ids": list(self._previous), "scores": list(self._previous.values())}
+        return self._last.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the scores of the last probe up again."""
-        self._previous = dict(zip(state_dict.get("ids", []), state_dict.get("scores", []), strict=True))
+        self._last = Development.restore(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check everything once: the strategy, the model, the method, the operator."""
-        names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-        if refused := names & set(_REFUSED):
+        """Check the strategy and, where it is there already, the model, the method and the operator."""
+        if stage not in ("fit", "validate"):
+            return
+        check_strategy(trainer.strategy)
+        same = [item for item in trainer.callbacks if getattr(item, "method", None) == self.method]  # type: ignore[attr-defined]
+        if sum(type(item).__name__ == type(self).__name__ for item in same) > 1:
             raise InputError(
-                f"AttributionCallback cannot explain under {refused.pop()}, which shards the parameters. Train without "
-                "it, consolidate the checkpoint, and explain with strategy=ddp or on one device."
+                f"two callbacks with method '{self.method}' would log under the same keys val/explain/{self.method}/. "
+                "Give a Trainer one AttributionCallback per method."
             )
-        if self._explainer is None:
-            model = find_model(pl_module, self.model)
-            operator = self.operator
-            if operator is None:
-                operator = "attention" if perturbation_tokens(model, self.tokenizer).mask_id is None else "mask"
-            settings = ExplainSettings(self.methods, target=self.target, operators=(operator,), seed=self.seed)
-            self._explainer = Explainer(model, self.tokenizer, settings)
         self._media = MediaLog(trainer.loggers)
+        self._warned.clear()
+        # The module's own `setup` and `configure_model` come later and may make the model.
+        if self.model is None and candidates(pl_module):
+            self._connect(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Connect to the model as it is trained."""
+        self._connect(pl_module)
+        if trainer.limit_val_batches and not trainer.enable_validation:
+            raise InputError(
+                "AttributionCallback explains validation samples, and this Trainer has none: it needs a validation "
+                "loader and a `validation_step`."
+            )
+        epochs = trainer.max_epochs or -1
+        if not trainer.limit_val_batches or (0 < epochs < self.every_n_epochs and not _is_dry(trainer)):
+            reason = f"every_n_epochs={self.every_n_epochs} of {epochs} epochs"
+            reason = reason if trainer.limit_val_batches else "limit_val_batches=0"
+            self._warn_once("never", f"nothing will be explained in this training, because of {reason}.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try one sample, so that what cannot work at all is said before the first step."""
+        if trainer.val_dataloaders is not None:
+            self._try_one(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for `Trainer.validate`."""
+        if trainer.state.fn == "validate":
+            self._connect(pl_module)
+            self._try_one(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Explain and log the scalars; here they are in time for ModelCheckpoint and EarlyStopping."""
@@ -150,124 +169,110 @@ class AttributionCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the pictures."""
-        if self._shown and self._media is not None and trainer.is_global_zero:
-            self._log_media(trainer)
+        if not self._shown or self._media is None or not self._media.shows or not trainer.is_global_zero:
+            return
+        try:
+            names = self.label_names or []
+            media = probe_media(self.method, self._shown, self._profile, names, trainer.current_epoch)
+        except Exception as error:
+            self._warn_once("pictures", f"the pictures could not be drawn: {type(error).__name__}: {error}")
+        else:
+            self._media.log(trainer.global_step, **media)
 
     def _should_skip(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking:
             return True
-        return trainer.state.fn == "fit" and (trainer.current_epoch + 1) % self.every_n_epochs != 0
+        if trainer.state.fn != "fit" or _is_dry(trainer):
+            return False
+        # Due at the first validation at or after every n-th epoch: `check_val_every_n_epoch` may step over it.
+        epoch, last = trainer.current_epoch, self._last.epoch
+        last = -1 if last > epoch else last
+        return epoch != last and (epoch + 1) // self.every_n_epochs <= (last + 1) // self.every_n_epochs
+
+    def _connect(self, pl_module: LightningModule) -> None:
+        model = find_model(pl_module, self.model)
+        if self._explainer is not None and self._explainer.model.module is not model:
+            self._last = Development()  # of another training
+        operator = self.operator
+        if operator is None:
+            operator = "attention" if perturbation_tokens(model, self.tokenizer).mask_id is None else "mask"
+        settings = ExplainSettings(self.methods, target=self.target, operators=(operator,), seed=self.seed)
+        self._explainer = Explainer(model, self.tokenizer, settings)
+        if coarse := half_precision(model):
+            self._warn_once(
+                "precision",
+                f"the parameters are {coarse}, so completeness and drift carry rounding noise; "
+                "precision='bf16-mixed' keeps them in float32.",
+            )
+
+    def _choose(self, trainer: Trainer) -> Probe:
+        loader = first_loader(trainer.val_dataloaders)
+        if self._probe is None or self._probe.loader.dataset is not loader.dataset:
+            count = min(self.num_samples, 2) if _is_dry(trainer) else self.num_samples
+            probe = Probe.choose(loader, count, self.seed, self.batch_size, self.inputs)
+            # A sampler may draw its indices, and no two processes need draw alike.
+            self._probe = dataclasses.replace(probe, indices=trainer.strategy.broadcast(probe.indices))
+        return self._probe
+
+    def _try_one(self, trainer: Trainer) -> None:
+        assert self._explainer is not None  # on_fit_start ran
+        with isolate_rng():
+            probe = self._choose(trainer)
+            if not probe.indices:
+                return
+            settings = dataclasses.replace(self._explainer.settings, strict=True)
+            strict = Explainer(self._explainer.model.module, self.tokenizer, settings)
+            try:
+                strict.explain(probe.batch(probe.indices[:1], trainer.strategy.batch_to_device))
+            except (InputError, UnsupportedModelError):
+                raise
+            except SampleFailure as failure:
+                if isinstance(failure.__context__, InputError | UnsupportedModelError):
+                    raise failure.__context__ from None
+            except Exception:
+                return  # one sample only: the probe counts and names it
 
     def _explain(self, trainer: Trainer) -> dict[str, float]:
-        explainer = self._explainer
-        assert explainer is not None  # setup ran
-        if self._probe is None:
-            self._probe = Probe.choose(_first_loader(trainer), self.num_samples, self.seed, self.batch_size)
-        mine = Explained()
+        assert self._explainer is not None  # on_fit_start ran
         # Datasets and collators may draw random numbers; the training's own sequence must not notice.
         with isolate_rng():
-            for batch in self._probe.batches(trainer.global_rank, trainer.world_size):
-                mine.extend(explainer.explain(batch))
-        rows = {row["sample_id"]: row for row in gather(mine.explanations)}
-        explanations = [rows[key] for key in sorted(rows)]
+            probe = self._choose(trainer)
+            chunks = probe.chunks(trainer.global_rank, trainer.world_size)
+            mine = explain_each(self._explainer, probe, chunks, trainer.strategy.batch_to_device)
+        explanations = numbered(gather(mine.explanations))
         metrics, failures = gather(mine.metrics), gather(mine.failures)
-        scalars = self._scalars(explanations, metrics, len(failures))
-        self._previous = {row["sample_id"]: row["scores"] for row in explanations}
         self._shown = explanations[: self.num_shown]
-        if self.folder is not None and trainer.is_global_zero:
-            name = f"epoch-{trainer.current_epoch:04d}-step-{trainer.global_step:07d}.parquet"
-            metadata = {"label_names": self.label_names or [], "epoch": trainer.current_epoch}
-            write_table(self.folder / name, explanations, EXPLANATION_SCHEMA, metadata)
-        if failures:
-            rank_zero_info(f"AttributionCallback: {len(failures)} samples failed, the first: {failures[0]['reason']}")
-        return scalars
-
-    def _scalars(
-        self, explanations: list[dict[str, Any]], metrics: list[dict[str, Any]], failed: int
-    ) -> dict[str, float]:
+        self._profile = layer_shares(explanations)
+        scalars = probe_scalars(self.method, explanations, metrics, self._profile)
         prefix = f"val/explain/{self.method}"
-        scalars: dict[str, float] = {f"{prefix}/failed": float(failed)}
-        for (method, control, metric), summary in summarise(metrics, resamples=1).items():
-            if summary.mean is not None:
-                scalars[scalar_key("val/explain", method, control, metric)] = summary.mean
-        gaps = [row["completeness_gap"] for row in explanations if row["completeness_gap"] is not None]
-        if gaps:
-            scalars[f"{prefix}/completeness_gap_max"] = max(gaps)
-        moved = [
-            value
-            for row in explanations
-            if (value := self._drift(row)) is not None and value == value  # NaN: nothing to correlate
-        ]
-        if moved:
-            scalars[f"{prefix}/drift"] = sum(moved) / len(moved)
-        layered = [torch.tensor(row["layer_scores"]) for row in explanations if row["layer_scores"] is not None]
-        if layered:
-            shares = [layer_profile(one[None], torch.ones(1, one.shape[1], dtype=torch.bool))[0] for one in layered]
-            self._profile = torch.stack(shares).mean(dim=0).tolist()
-            for layer, share in enumerate(self._profile, start=1):
-                scalars[f"{prefix}/layer_profile/{layer:02d}"] = share
-        return scalars
-
-    def _drift(self, row: dict[str, Any]) -> float | None:
-        before = self._previous.get(row["sample_id"])
-        if before is None or len(before) != len(row["scores"]):
-            return None
-        content = torch.tensor([word is not None for word in row["word_ids"]])
-        return float(drift(_row(row["scores"]), _row(before), content[None])[0])
-
-    def _log_media(self, trainer: Trainer) -> None:
-        assert self._media is not None
-        prefix = f"val/explain/{self.method}"
-        html: list[str] = []
-        table: list[list[Any]] = []
-        for row in self._shown:
-            title = f"#{row['sample_id']} · {self._name(row['target'])} p={row['probability']:.2f}"
-            if row["label"] is not None:
-                title += f" · label {self._name(row['label'])}"
-            marks = rationale_by_word(row)
-            text = token_html(row["tokens"], row["scores"], rationale=marks, title=title, word_ids=row["word_ids"])
-            html.append(text)
-            heatmap = layer_heatmap(row["tokens"], row["layer_scores"]) if row["layer_scores"] is not None else None
-            label = None if row["label"] is None else self._name(row["label"])
-            table.append(
-                [
-                    trainer.current_epoch,
-                    row["sample_id"],
-                    Html(text),
-                    label,
-                    self._name(row["prediction"]),
-                    row["probability"],
-                    row["completeness_gap"],
-                    heatmap,
-                ]
+        if (moved := self._last.advance(explanations, trainer.current_epoch)) is not None:
+            scalars[f"{prefix}/drift"] = moved
+        failed = len({row["sample_id"] for row in failures})
+        scalars[f"{prefix}/failed"] = float(failed)
+        if failed:
+            first = failures[0]
+            self._warn_once(
+                "failures",
+                f"{failed} of {len(probe.indices)} samples could not be explained and are left out; the first, sample "
+                f"{first['sample_id']}: {first['reason']}. Later probes only count them, in {prefix}/failed.",
             )
-        columns = ["epoch", "sample_id", "text", "label", "prediction", "probability", "completeness_gap", "layers"]
-        images = {}
-        if table[0][-1] is not None:
-            images[f"{prefix}/layers"] = table[0][-1]
-        if self._profile:
-            images[f"{prefix}/layer_profile_image"] = layer_profile_image(self._profile)
-        self._media.log(
-            trainer.global_step,
-            html={f"{prefix}/tokens": "\n".join(html)},
-            images=images,
-            tables={f"{prefix}/samples": (columns, table)},
-        )
+        if self.folder is not None and trainer.is_global_zero and not _is_dry(trainer):
+            self._write(self.folder, trainer, explanations)
+        return scalars
 
-    def _name(self, index: int) -> str:
-        names = self.label_names
-        return names[index] if names and index < len(names) else str(index)
+    def _write(self, folder: Path, trainer: Trainer, explanations: list[dict[str, Any]]) -> None:
+        name = f"epoch-{trainer.current_epoch:04d}-step-{trainer.global_step:07d}.parquet"
+        metadata = {"label_names": self.label_names or [], "epoch": trainer.current_epoch}
+        try:
+            write_table(folder / name, explanations, EXPLANATION_SCHEMA, metadata)
+        except OSError as error:
+            self._warn_once("files", f"{folder / name} could not be written: {error}")
 
-
-def _row(scores: list[float]) -> Tensor:
-    return torch.tensor(scores)[None]
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            rank_zero_warn(f"AttributionCallback: {message}")
 
 
-def _first_loader(trainer: Trainer) -> DataLoader[Any]:
-    loaders = trainer.val_dataloaders
-    loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
-    if isinstance(loader, Mapping):
-        loader = next(iter(loader.values()))
-    if not isinstance(loader, DataLoader):
-        raise InputError(f"AttributionCallback needs a validation DataLoader, got {type(loader).__name__}.")
-    return loader
+def _is_dry(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

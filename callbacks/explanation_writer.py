@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +57,21 @@ class ExplanationWriter(BasePredictionWriter):
         """Write what is left."""
         self._flush(trainer.global_rank)
 
+    def write_all(self, loader: Iterable[Mapping[str, Any]]) -> None:
+        """Explain and write without a Trainer, on this process alone."""
+        for batch in loader:
+            self._rows.extend(self.explainer.explain(batch))
+        self._flush(0)
+
     def _flush(self, rank: int) -> None:
         rows, self._rows, self._waiting = self._rows, Explained(), 0
         if rows.failures:
             append_lines(self.folder / "failures.jsonl", rows.failures)
-        # Metrics first: a sample counts as done once its explanations are there.
-        self._shard("metrics", rank, rows.metrics, METRIC_SCHEMA, {})
-        self._shard("explanations", rank, rows.explanations, EXPLANATION_SCHEMA, self.metadata)
-
-    def _shard(
-        self, kind: str, rank: int, rows: list[dict[str, Any]], schema: Any, metadata: Mapping[str, Any]
-    ) -> None:
-        if not rows:
+        if not rows.explanations:
             return
-        folder = self.folder / kind
-        number = len(list(folder.glob(f"part-{rank:05d}-*.parquet")))
-        write_table(folder / f"part-{rank:05d}-{number:05d}.parquet", rows, schema, metadata)
+        # Both under one name, metrics first: a sample counts as done once its explanations are there.
+        folder = self.folder / "explanations"
+        name = f"part-{rank:05d}-{len(list(folder.glob(f'part-{rank:05d}-*.parquet'))):05d}.parquet"
+        if rows.metrics:
+            write_table(self.folder / "metrics" / name, rows.metrics, METRIC_SCHEMA)
+        write_table(folder / name, rows.explanations, EXPLANATION_SCHEMA, self.metadata)

@@ -8,6 +8,12 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
+from calig.pipeline.loading import rationale_by_word
+from calig.pipeline.render.figures import layer_heatmap, layer_profile
+from calig.pipeline.render.tokens import token_html
+
+_COLUMNS = ("epoch", "sample_id", "text", "label", "prediction", "probability", "completeness_gap", "layers")
+
 
 def logger_kind(logger: Any) -> str:
     """Tell `wandb`, `tensorboard` and `other` apart, by the class name along the ancestors.
@@ -31,6 +37,11 @@ class MediaLog:
 
     def __init__(self, loggers: Sequence[Any]) -> None:
         self.loggers = list(loggers)
+
+    @property
+    def shows(self) -> bool:
+        """Whether any logger can show media."""
+        return any(logger_kind(logger) != "other" for logger in self.loggers)
 
     def log(
         self,
@@ -93,6 +104,45 @@ class MediaLog:
             logger.experiment.add_image(key, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
         for key, text in html.items():
             logger.experiment.add_text(key, text, step)
+
+
+def probe_media(
+    method: str, rows: Sequence[Mapping[str, Any]], profile: Sequence[float], label_names: Sequence[str], epoch: int
+) -> dict[str, Any]:
+    """The pictures of a probe, as arguments of `MediaLog.log`.
+
+    Args:
+        method: The attribution method.
+        rows: Explanations to show, at least one.
+        profile: Share of the relevance per block, or empty.
+        label_names: Class names, as far as they are known.
+        epoch: For the table.
+    """
+
+    def name(index: int | None) -> str | None:
+        if index is None:
+            return None
+        return label_names[index] if 0 <= index < len(label_names) else str(index)
+
+    table: list[list[Any]] = []
+    for row in rows:
+        title = f"#{row['sample_id']} · {name(row['target'])} p={row['probability']:.2f}"
+        if row["label"] is not None:
+            title += f" · label {name(row['label'])}"
+        marks = rationale_by_word(row)
+        text = token_html(row["tokens"], row["scores"], rationale=marks, title=title, word_ids=row["word_ids"])
+        heatmap = layer_heatmap(row["tokens"], row["layer_scores"]) if row["layer_scores"] is not None else None
+        facts = [name(row["label"]), name(row["prediction"]), row["probability"], row["completeness_gap"]]
+        table.append([epoch, row["sample_id"], Html(text), *facts, heatmap])
+    prefix = f"val/explain/{method}"
+    images = {} if table[0][-1] is None else {f"{prefix}/layers": table[0][-1]}
+    if profile:
+        images[f"{prefix}/layer_profile_image"] = layer_profile(list(profile))
+    return {
+        "html": {f"{prefix}/tokens": "\n".join(line[2] for line in table)},
+        "images": images,
+        "tables": {f"{prefix}/samples": (_COLUMNS, table)},
+    }
 
 
 class Html(str):

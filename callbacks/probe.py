@@ -8,38 +8,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler
 
 from calig.pipeline.errors import InputError
+from calig.pipeline.explainer import Explained, Explainer
 
-
-def find_model(module: nn.Module, choose: Callable[[Any], nn.Module] | None) -> nn.Module:
-    """The model to explain inside a LightningModule.
-
-    Args:
-        module: The LightningModule.
-        choose: Names the model; None takes the only `PreTrainedModel` that is not part of another.
-
-    Raises:
-        InputError: There is none, or more than one; the candidates are listed.
-    """
-    if choose is not None:
-        return choose(module)
-    found = {name: part for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}
-    outer = {
-        name: part
-        for name, part in found.items()
-        if not any(name != other and name.startswith(f"{other}.") for other in found)
-    }
-    if len(outer) == 1:
-        return next(iter(outer.values()))
-    listed = ", ".join(f"module.{name} ({type(part).__name__})" for name, part in outer.items()) or "none"
-    raise InputError(
-        f"{type(module).__name__} holds {len(outer)} Hugging Face models: {listed}. "
-        "Name the one to explain: AttributionCallback(model=lambda module: module.<name>)."
-    )
+Adapter = Callable[[Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -50,42 +25,157 @@ class Probe:
         loader: The validation loader they come from.
         indices: Dataset indices, which are the sample ids.
         batch_size: Samples per attribution batch.
+        inputs: Turns a batch into the model's inputs; None where it already is a mapping of them.
+        rows: The samples of a dataset that has no random access, read once, so that later probes see the same ones.
+        collated: Each of the `rows` is a batch of one already.
     """
 
     loader: DataLoader[Any]
     indices: list[int]
     batch_size: int
+    inputs: Adapter | None = None
+    rows: Mapping[int, Any] | None = None
+    collated: bool = False
 
     @classmethod
-    def choose(cls, loader: DataLoader[Any], num_samples: int, seed: int, batch_size: int) -> Probe:
+    def choose(
+        cls, loader: DataLoader[Any], num_samples: int, seed: int, batch_size: int, inputs: Adapter | None = None
+    ) -> Probe:
         """Choose seeded indices of the loader's dataset; of an iterable dataset, its first rows."""
-        if isinstance(loader.dataset, IterableDataset):
-            return cls(loader, list(range(num_samples)), batch_size)
-        size = len(loader.dataset)  # type: ignore[arg-type]
+        dataset: Any = loader.dataset
+        iterable = isinstance(dataset, IterableDataset)
+        if loader.batch_sampler is None and not _asks_for_lists(loader):
+            # Nothing is collated: what the dataset gives are batches.
+            batches = iter(dataset) if iterable else (dataset[index] for index in range(len(dataset)))
+            ones = (_one(batch, row) for batch in batches for row in range(_size(batch)))
+            rows = dict(enumerate(islice(ones, num_samples)))
+            return cls(loader, list(rows), 1, inputs, rows, collated=True)
+        if iterable:
+            rows = dict(enumerate(islice(iter(dataset), num_samples)))
+            return cls(loader, list(rows), batch_size, inputs, rows)
+        allowed = sampled_indices(loader)
         generator = torch.Generator().manual_seed(seed)
-        return cls(loader, sorted(torch.randperm(size, generator=generator)[:num_samples].tolist()), batch_size)
+        chosen = torch.randperm(len(allowed), generator=generator)[:num_samples].tolist()
+        return cls(loader, sorted(allowed[place] for place in chosen), batch_size, inputs)
 
-    def batches(self, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
-        """The samples that fall to this process, collated as the loader collates, each with its `sample_id`."""
-        dataset = self.loader.dataset
-        rows: dict[int, Any] | None = None
-        if isinstance(dataset, IterableDataset):
-            rows = dict(enumerate(islice(iter(dataset), len(self.indices))))
-        mine = [index for index in self.indices[rank::world_size] if rows is None or index in rows]
+    def chunks(self, rank: int, world_size: int) -> list[list[int]]:
+        """The dataset indices that fall to a process, in batches."""
+        mine = self.indices[rank::world_size]
+        return [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+
+    def batch(self, indices: Sequence[int], transfer: Callable[[Any], Any]) -> dict[str, Any]:
+        """Samples as a validation step gets them, with their `sample_id`.
+
+        Args:
+            indices: Of the dataset.
+            transfer: Moves a collated batch to the model's device, with the module's own hooks.
+
+        Raises:
+            InputError: The batch is no mapping with `input_ids`.
+        """
         collate = self.loader.collate_fn
-        for start in range(0, len(mine), self.batch_size):
-            chosen = mine[start : start + self.batch_size]
-            batch = collate([dataset[index] if rows is None else rows[index] for index in chosen])
-            if not isinstance(batch, Mapping) or "input_ids" not in batch:
-                raise InputError(
-                    f"the validation loader's collate_fn returns {type(batch).__name__}; AttributionCallback needs a "
-                    "mapping with `input_ids` (and `attention_mask`, `labels`)."
-                )
-            batch = dict(batch)
-            if "labels" not in batch and "label" in batch:
-                batch["labels"] = batch["label"]
-            # A data module that numbers its rows itself knows better than the position in its dataset.
-            yield {"sample_id": torch.tensor(chosen)} | batch
+        dataset: Any = self.loader.dataset
+        if self.collated:
+            assert self.rows is not None  # made with them
+            batch = collate(self.rows[indices[0]])
+        elif self.rows is None and _asks_for_lists(self.loader):
+            batch = collate(dataset[list(indices)])
+        else:
+            batch = collate([dataset[index] if self.rows is None else self.rows[index] for index in indices])
+        batch = transfer(batch)
+        return model_inputs(batch if self.inputs is None else self.inputs(batch), indices)
+
+
+def sampled_indices(loader: DataLoader[Any]) -> Sequence[int]:
+    """The dataset indices that a loader can give: those of its subset sampler, else all.
+
+    A training and a validation loader may share a dataset and differ in their `SubsetRandomSampler`.
+    """
+    dataset: Any = loader.dataset
+    sampler = getattr(loader.batch_sampler, "sampler", None) or loader.sampler
+    if isinstance(sampler, SubsetRandomSampler):
+        return [int(index) for index in sampler.indices]
+    # Lightning's distributed sampler around a user's own takes that one's indices for its dataset.
+    if isinstance(sampler, DistributedSampler) and sampler.dataset is not dataset:
+        listed: Any = sampler.dataset
+        if len(listed) < len(dataset):
+            return sorted({int(listed[place]) for place in range(len(listed))})
+    return range(len(dataset))
+
+
+def model_inputs(batch: Any, indices: Sequence[int]) -> dict[str, Any]:
+    """A validation batch as the explainer takes it; keys that mean something else in a user's data are left out.
+
+    Args:
+        batch: A mapping with `input_ids` (B, T) and what else the model's forward takes.
+        indices: B dataset indices, which are the sample ids; numbers that the batch has of its own go to `own_id`.
+
+    Raises:
+        InputError: It is something else; the message says how to hand over an adapter.
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        if not isinstance(batch, Mapping):
+            given = f"a {type(batch).__name__}"
+        elif ids is None:
+            given = f"a mapping with {', '.join(map(str, batch)) or 'no keys'}"
+        else:
+            shape = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"as {type(ids).__name__}"
+            given = f"`input_ids` {shape}"
+        raise InputError(
+            f"the validation loader gives {given}; AttributionCallback needs a mapping with a tensor `input_ids` "
+            "(batch, tokens), and `attention_mask` and `labels` where there are any. Say how to make it: "
+            "AttributionCallback(inputs=lambda batch: {'input_ids': batch[0], 'attention_mask': batch[1]})."
+        )
+    kept = dict(batch)
+    if "labels" not in kept and "label" in kept:
+        kept["labels"] = kept["label"]
+    size = len(ids)
+    if "sample_id" in kept:
+        kept["own_id"] = kept.pop("sample_id")
+    for key in ("labels", "own_id", "rationale_missed"):
+        value = kept.pop(key, None)
+        if isinstance(value, Tensor) and value.numel() == size and not _is_float(value):
+            kept[key] = value.reshape(size)
+    for key in ("special_tokens_mask", "word_ids", "rationale"):
+        value = kept.pop(key, None)
+        if isinstance(value, Tensor) and value.shape == ids.shape and not _is_float(value):
+            kept[key] = value
+    return kept | {"sample_id": torch.tensor(list(indices))}
+
+
+def explain_each(
+    explainer: Explainer, probe: Probe, chunks: Sequence[Sequence[int]], transfer: Callable[[Any], Any]
+) -> Explained:
+    """Explain batches; what fails is tried again sample by sample, and kept as a failure where it still fails."""
+    rows = Explained()
+    for indices in chunks:
+        try:
+            batch = probe.batch(indices, transfer)
+            found = explainer.explain(batch)
+            own = dict(zip(indices, batch.get("own_id", torch.tensor(list(indices))).tolist(), strict=True))
+            found.explanations = [{**row, "own_id": own[row["sample_id"]]} for row in found.explanations]
+            rows.extend(found)
+        except Exception as error:
+            if len(indices) > 1:
+                rows.extend(explain_each(explainer, probe, [[index] for index in indices], transfer))
+            else:
+                method = next(iter(explainer.settings.methods))
+                reason = f"{type(error).__name__}: {error}"
+                rows.failures.append({"sample_id": indices[0], "method": method, "reason": reason})
+    return rows
+
+
+def numbered(explanations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each sample once, in order, under the number that its data has of its own if those tell the samples apart."""
+    rows = {row["sample_id"]: row for row in explanations}
+    own = {row["own_id"] for row in rows.values()}
+    key = "own_id" if len(own) == len(rows) else "sample_id"
+    named = [
+        {name: value for name, value in row.items() if name != "own_id"} | {"sample_id": row[key]}
+        for row in rows.values()
+    ]
+    return sorted(named, key=lambda row: row["sample_id"])
 
 
 def gather(values: Sequence[Any]) -> list[Any]:
@@ -95,3 +185,38 @@ def gather(values: Sequence[Any]) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(parts, list(values))
     return [value for part in parts for value in part]
+
+
+def _asks_for_lists(loader: DataLoader[Any]) -> bool:
+    """Whether the loader asks its dataset for a list of indices at once (`sampler=BatchSampler, batch_size=None`)."""
+    return loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler)
+
+
+def _is_float(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
+
+
+def _size(batch: Any) -> int:
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 0)
+
+
+def _one(batch: Any, row: int) -> Any:
+    """One row of a batch, as a batch."""
+    if isinstance(batch, Tensor):
+        return batch[row : row + 1] if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return {key: _one(value, row) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [_one(value, row) for value in batch]
+    return batch

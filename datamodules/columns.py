@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from calig.datamodules.readers import Rows
+from calig.datamodules.rationales import Marks, Spans, check_spans, marks_of, parse_rationale, parse_spans
+from calig.datamodules.rows import Rows
 from calig.datamodules.settings import ColumnNames
 from calig.pipeline.errors import InputError, unknown
 
@@ -14,13 +16,32 @@ from calig.pipeline.errors import InputError, unknown
 TEXT_NAMES = ("text", "sentence", "review", "content", "tokens", "words", "tweet", "comment", "post", "document")
 LABEL_NAMES = ("label", "labels", "class", "sentiment", "category", "target")
 RATIONALE_NAME = "rationale"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Text = str | list[str]
 
 
+class Texts(NamedTuple):
+    """What the columns of a split hold, one entry per row.
+
+    Attributes:
+        texts: Strings, or lists of words.
+        pairs: The second texts; None without ``columns.text_pair``.
+        rationales: 0/1 per word of a text that is a list of words; None where unknown.
+        spans: [start, end) of characters of a text that is a string; None where unknown.
+    """
+
+    texts: list[Text]
+    pairs: list[Text] | None
+    rationales: list[Marks | None]
+    spans: list[Spans | None]
+
+
 def text_column(rows: Rows, named: str | None) -> str:
-    """The name of the text column: ``named``, else the first of ``TEXT_NAMES`` that exists."""
-    return _existing(rows, "text", named) if named is not None else _detected(rows, "text", TEXT_NAMES)
+    """The name of the text column: ``named``, else the source's own, else the first of ``TEXT_NAMES`` that exists."""
+    if named is not None:
+        return _existing(rows, "text", named)
+    return rows.text or _detected(rows, "text", TEXT_NAMES)
 
 
 def label_column(rows: Rows, named: str | None) -> str:
@@ -28,11 +49,17 @@ def label_column(rows: Rows, named: str | None) -> str:
     return _existing(rows, "label", named) if named is not None else _detected(rows, "label", LABEL_NAMES)
 
 
-def read_texts(rows: Rows, columns: ColumnNames) -> tuple[list[Text], list[Text] | None, list[list[int] | None]]:
-    """Texts, second texts (None without ``columns.text_pair``) and rationales, one per row.
+def has_label_column(rows: Rows) -> bool:
+    """Whether ``label_column`` finds one by name."""
+    return bool({name.lower() for name in rows.columns} & set(LABEL_NAMES))
 
-    Where a rationale column is in use, every text comes back as a list of words: the token list of the source, or
-    the text split at white space.
+
+def read_texts(rows: Rows, columns: ColumnNames) -> Texts:
+    """Texts, second texts and rationales.
+
+    Where a rationale column holds 0/1 per word or spans of words, every text comes back as a list of words: the token
+    list of the source, or the text split at white space. With pairs of numbers beside strings, which are spans of
+    characters, strings stay strings.
 
     Raises:
         InputError: A column is not there, a text is missing or empty, or a rationale does not fit its text.
@@ -41,62 +68,94 @@ def read_texts(rows: Rows, columns: ColumnNames) -> tuple[list[Text], list[Text]
     pairs = None
     if columns.text_pair is not None:
         pairs = _texts(rows, _existing(rows, "text_pair", columns.text_pair))
+    marks: list[Marks | None] = [None] * len(texts)
+    spans: list[Spans | None] = [None] * len(texts)
     column = _rationale_column(rows, columns.rationale)
     if column is None:
-        return texts, pairs, [None] * len(texts)
-    rationales: list[list[int] | None] = []
-    for index, value in enumerate(rows.values(column)):
-        text = texts[index]
-        words = texts[index] = text.split() if isinstance(text, str) else text
-        if _is_missing(value):
-            rationales.append(None)
+        return Texts(texts, pairs, marks, spans)
+    values = [None if _is_missing(value) else value for value in rows.values(column)]
+    by_character = any(isinstance(text, str) and parse_spans(value) for text, value in zip(texts, values, strict=True))
+    for index, value in enumerate(values):
+        text, place = texts[index], rows.place(index)
+        if isinstance(text, str) and by_character:
+            spans[index] = None if value is None else _character_spans(value, text, column, place)
             continue
-        marks = parse_rationale(value)
-        if marks is None:
-            raise InputError(
-                f"{rows.place(index)}: column '{column}' holds {str(value)[:60]!r}, not a rationale. Expected 0 or 1 "
-                "per word: a list, a JSON list or numbers separated by spaces; empty where it is unknown."
-            )
-        if len(marks) != len(words):
-            raise InputError(
-                f"{rows.place(index)}: the rationale has {len(marks)} entries, the text {len(words)} words. "
-                "Expected one entry per token, or per word of the text split at white space."
-            )
-        rationales.append(marks)
-    return texts, pairs, rationales
+        words = texts[index] = text.split() if isinstance(text, str) else text
+        marks[index] = None if value is None else _word_marks(value, words, column, place)
+    return Texts(texts, pairs, marks, spans)
 
 
-def parse_rationale(value: object) -> list[int] | None:
-    """0/1 per word from a sequence, a JSON list or numbers separated by spaces; None for anything else.
+def _word_marks(value: object, words: list[str], column: str, place: str) -> Marks:
+    spans = parse_spans(value)
+    if spans is not None:
+        return marks_of(check_spans(spans, len(words), "words", place), len(words))
+    marks = parse_rationale(value)
+    if marks is None:
+        raise _no_rationale(value, column, place)
+    if len(marks) != len(words):
+        raise InputError(
+            f"{place}: the rationale has {len(marks)} entries, the text {len(words)} words. "
+            "Expected one entry per token, or per word of the text split at white space."
+        )
+    return marks
 
-    >>> parse_rationale("[0, 1]"), parse_rationale("0 1"), parse_rationale("because of the plot")
-    ([0, 1], [0, 1], None)
-    """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.lstrip().startswith("[") else [int(part) for part in value.split()]
-        except ValueError:
-            return None
-    if not isinstance(value, list) or any(isinstance(mark, str) or mark not in (0, 1) for mark in value):
-        return None
-    return [int(mark) for mark in value]
+
+def _character_spans(value: object, text: str, column: str, place: str) -> Spans:
+    spans = parse_spans(value)
+    if spans is None:
+        raise _no_rationale(value, column, place, " Other rows of the column hold spans of characters.")
+    spans = check_spans(spans, len(text), "characters", place)
+    for start, end in spans:
+        if not text[start:end].strip():
+            raise InputError(f"{place}: the rationale's span [{start}, {end}) covers nothing but white space.")
+    return spans
+
+
+def _no_rationale(value: object, column: str, place: str, more: str = "") -> InputError:
+    return InputError(
+        f"{place}: column '{column}' holds {str(value)[:60]!r}, not a rationale.{more} Expected 0 or 1 per word (a "
+        "list, a JSON list or numbers separated by spaces), or [start, end) pairs: of words where the text is a list "
+        "of words, of characters where it is a string; empty where it is unknown."
+    )
 
 
 def _texts(rows: Rows, column: str) -> list[Text]:
-    texts = rows.values(column)
+    texts = _split_lists(rows.values(column))
     for index, text in enumerate(texts):
         if _is_missing(text):
-            raise InputError(f"{rows.place(index)}: the text (column '{column}') is missing or empty.")
+            raise InputError(
+                f"{rows.place(index)}: the text (column '{column}') is missing or empty. Fill it in, or drop the row."
+            )
         if isinstance(text, str):
-            continue
-        if not isinstance(text, list) or not all(isinstance(word, str) for word in text):
+            words = [text]
+        elif isinstance(text, list) and all(isinstance(word, str) for word in text):
+            words = text
+        else:
             raise InputError(
                 f"{rows.place(index)}: column '{column}' holds {str(text)[:60]!r} of type {type(text).__name__}. "
                 "Expected a string or a list of words; data.columns.text names another column."
             )
-        if not any(word.strip() for word in text):
-            raise InputError(f"{rows.place(index)}: the text (column '{column}') is missing or empty.")
+        if not any(word.strip() for word in words):
+            raise InputError(
+                f"{rows.place(index)}: the text (column '{column}') is missing or empty. Fill it in, or drop the row."
+            )
+        if any(_SURROGATE.search(word) for word in words):
+            raise InputError(
+                f"{rows.place(index)}: the text (column '{column}') holds half a character (a lone surrogate such as "
+                "\\ud83d), which no encoding has. Write the file anew from the original texts."
+            )
     return texts
+
+
+def _split_lists(values: list[Any]) -> list[Any]:
+    """Lists of words out of a column of JSON lists, the form that csv leaves to them; other columns as they are."""
+    if not values or not all(isinstance(value, str) and value.startswith('["') for value in values):
+        return values
+    try:
+        parsed = [json.loads(value) for value in values]
+    except ValueError:
+        return values
+    return parsed if all(isinstance(word, str) for words in parsed for word in words) else values
 
 
 def _rationale_column(rows: Rows, named: str | None) -> str | None:
@@ -106,7 +165,7 @@ def _rationale_column(rows: Rows, named: str | None) -> str | None:
         return None
     # Some data sets call a free-text explanation "rationale": what was not asked for must not stop the run.
     first = next((value for value in rows.values(RATIONALE_NAME) if not _is_missing(value)), None)
-    return RATIONALE_NAME if parse_rationale(first) is not None else None
+    return None if parse_rationale(first) is None and parse_spans(first) is None else RATIONALE_NAME
 
 
 def _is_missing(value: Any) -> bool:

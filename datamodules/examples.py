@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """One labelled text before tokenisation.
+    """One text before tokenisation.
 
     Attributes:
         sample_id: Row index in its split; stable for the same source and settings.
@@ -16,6 +16,7 @@ class TextExample:
         text_pair: The second sentence of a pair, in the form of ``text``.
         rationale: 1 on the words that a human (or the grammar) marked as evidence, 0 elsewhere; one entry per
             word of ``text``, which is then a list of words. None where no rationale is known.
+        spans: The rationale of a ``text`` that is a string: [start, end) of characters, in order and apart.
     """
 
     sample_id: int
@@ -23,3 +24,4 @@ class TextExample:
     label: int | None
     text_pair: str | list[str] | None = None
     rationale: list[int] | None = None
+    spans: list[tuple[int, int]] | None = None

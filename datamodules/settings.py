@@ -37,7 +37,7 @@ class TextDataConfig(Protocol):
 
     Attributes:
         name: ``controlled``, a hub data set, or None.
-        path: A file, or a folder with a file per split.
+        path: A file, or a folder (see ``read_local``).
         revision: Commit or tag of the hub data set.
         header: False for csv and tsv without header line.
         quoted: Whether quote characters enclose fields; None: in csv yes, in tsv no.
@@ -53,7 +53,8 @@ class TextDataConfig(Protocol):
         test_fraction: Share of the training rows that becomes ``test`` where the source has none.
         size: Sentences per split of the controlled corpus.
 
-    ``eval_batch_size`` (int or None: ``batch_size``) is read where it exists, for the loaders of val and test.
+    Read where they exist: ``config``, the configuration of a hub data set that has several, and ``eval_batch_size``
+    (None: ``batch_size``), for the loaders of val and test.
     """
 
     @property

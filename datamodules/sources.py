@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from calig.datamodules.columns import label_column, read_texts
+from calig.datamodules.columns import has_label_column, label_column, read_texts
 from calig.datamodules.examples import TextExample
-from calig.datamodules.labels import all_present, class_indices, class_order, label_keys
-from calig.datamodules.readers import Rows, read_hub, read_local
+from calig.datamodules.hub import read_hub
+from calig.datamodules.labels import (
+    all_present,
+    class_indices,
+    class_order,
+    fits_model,
+    label_keys,
+    model_indices,
+    unnamed,
+)
+from calig.datamodules.readers import nothing_for, read_local
+from calig.datamodules.rows import WHOLE, Rows
 from calig.datamodules.settings import TextDataConfig
+from calig.datamodules.splits import SPLITS, cut_missing, limit, shared_texts
 from calig.pipeline.errors import InputError
 
 CONTROLLED = "controlled"
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -26,15 +35,37 @@ class TextCorpus:
     notes: list[str] = field(default_factory=list)
 
 
-def load_corpus(config: TextDataConfig, seed: int) -> TextCorpus:
+@dataclass(frozen=True)
+class Use:
+    """What the data are for.
+
+    Attributes:
+        label_names: The classes of a model that is trained already; None: the training split defines them.
+        require_labels: False where texts are only explained.
+        split: The split that the rows of a source without splits are, where nothing is trained.
+    """
+
+    label_names: Sequence[str] | None = None
+    require_labels: bool = True
+    split: str = "test"
+
+    @property
+    def trains(self) -> bool:
+        """Whether the data define the classes: a training split must be there, and missing splits are cut from it."""
+        return self.label_names is None and self.require_labels
+
+
+def load_corpus(config: TextDataConfig, seed: int, use: Use | None = None) -> TextCorpus:
     """Read the source that the configuration names; deterministic by ``seed``.
 
-    A split that the source does not have is cut from train, never from test. ``sample_id`` is the row index in the
-    file or hub split that a row comes from, whatever was cut or limited.
+    To train, a split that the source does not have is cut from train, never from test. For a model that is trained
+    already (see ``Use``) the splits are those of the source. ``sample_id`` is the row index in the file or hub split
+    that a row comes from, whatever was cut or limited.
 
     Raises:
         InputError: No source or two are named, a file or a row is wrong, or a split is empty.
     """
+    use = use or Use()
     if (config.name is None) == (config.path is None):
         given = "none" if config.path is None else f"both '{config.name}' and '{config.path}'"
         raise InputError(
@@ -42,74 +73,53 @@ def load_corpus(config: TextDataConfig, seed: int) -> TextCorpus:
             f"data.name=HUB_NAME (with data.path=null) or data.name={CONTROLLED}."
         )
     if config.name == CONTROLLED:
-        from calig.datamodules.controlled import LABELS, generate
-
-        size = config.size
-        sizes = size if isinstance(size, Mapping) else {split: getattr(size, split) for split in SPLITS}
-        corpus = TextCorpus(dict(generate(sizes, seed)), list(LABELS))
-    elif config.path is not None:
-        corpus = _label(read_local(config.path, config.header, config.quoted), config)
+        corpus = _controlled(config, seed, use)
     else:
-        corpus = _label(read_hub(str(config.name), config.revision), config)
-    splits = cut_missing(corpus.splits, config.val_fraction, config.test_fraction, seed)
+        source = _read(config, use)
+        corpus = _trained(source, config) if use.trains else _given(source, config, use)
+        if use.trains:
+            corpus.notes.extend(shared_texts(corpus.splits))
+    splits = corpus.splits
+    if use.trains:
+        splits = cut_missing(splits, config.val_fraction, config.test_fraction, seed)
     limits = {"train": config.limit_train, "val": config.limit_val, "test": config.limit_test}
     limited = {
         split: limit(splits[split], limits[split], f"data.limit_{split}", f"{seed}/limit/{split}")
         for split in SPLITS
         if split in splits
     }
+    if use.trains:
+        met = {example.label for example in limited["train"]}
+        unmet = [name for index, name in enumerate(corpus.label_names) if index not in met]
+        if unmet:
+            corpus.notes.append(f"no training text of {', '.join(unmet[:8])}{', ...' if len(unmet) > 8 else ''}")
     return replace(corpus, splits=limited)
 
 
-def cut_missing(
-    splits: Mapping[str, list[TextExample]], val_fraction: float, test_fraction: float, seed: int
-) -> dict[str, list[TextExample]]:
-    """Cut the splits that are not there from ``train``: a seeded draw of rows, each part in row order.
-
-    A fraction counts rows of the whole training split; 0 leaves the split out.
-    """
-    fractions = {"test": test_fraction, "val": val_fraction}
-    missing = {split: fraction for split, fraction in fractions.items() if split not in splits and fraction}
-    for split, fraction in missing.items():
-        if not 0 <= fraction < 1:
-            raise InputError(f"data.{split}_fraction={fraction} is not a share of the training rows: 0 <= share < 1.")
-    train = splits["train"]
-    order = _shuffled(len(train), f"{seed}/cut")
-    result = dict(splits)
-    start = 0
-    for split, fraction in missing.items():
-        count = max(1, round(fraction * len(train)))
-        result[split] = [train[row] for row in sorted(order[start : start + count])]
-        start += count
-    if start >= len(train):
-        raise InputError(
-            f"the training split has {len(train)} rows: too few to cut {' and '.join(missing) or 'anything'} from it. "
-            "Give the splits as files, or lower data.val_fraction and data.test_fraction."
-        )
-    result["train"] = [train[row] for row in sorted(order[start:])]
-    return result
-
-
-def limit(examples: list[TextExample], count: int | None, key: str, seed: str) -> list[TextExample]:
-    """A seeded random subset in row order; a smaller ``count`` gives a part of the larger one's rows."""
-    if count is None or count >= len(examples):
-        return examples
-    if count < 1:
-        raise InputError(f"{key}={count} leaves nothing: expected 1 or more, or null for all rows.")
-    return [examples[row] for row in sorted(_shuffled(len(examples), seed)[:count])]
-
-
-def _label(splits: Mapping[str, Rows], config: TextDataConfig) -> TextCorpus:
-    examples: dict[str, list[TextExample]] = {}
-    notes: list[str] = []
-    names: list[str] = []
-    for split in SPLITS:
-        if split not in splits:
-            continue
-        rows = splits[split]
+def _read(config: TextDataConfig, use: Use) -> dict[str, Rows]:
+    if config.path is not None:
+        splits = read_local(config.path, config.header, config.quoted)
+    else:
+        splits = read_hub(str(config.name), getattr(config, "config", None), config.revision)
+    if WHOLE in splits:
+        splits = {"train" if use.trains else use.split: splits[WHOLE]}
+    if use.trains and "train" not in splits:
+        if config.path is not None:
+            raise nothing_for(config.path, "training")
+        raise InputError(f"data.name='{config.name}' has no train split, only {', '.join(splits)}.")
+    for split, rows in splits.items():
         if not len(rows):
-            raise InputError(f"{rows.source} holds no rows: the {split} split is empty.")
-        texts, pairs, rationales = read_texts(rows, config.columns)
+            raise InputError(f"{rows.source} holds no rows: the {split} split is empty. Fill it, or remove it.")
+    return {split: splits[split] for split in SPLITS if split in splits}
+
+
+def _trained(splits: Mapping[str, Rows], config: TextDataConfig) -> TextCorpus:
+    """Labels as classes of the training split."""
+    examples: dict[str, list[TextExample]] = {}
+    notes = [note for rows in splits.values() for note in rows.notes]
+    names: list[str] = []
+    trained: set[int] | None = None
+    for split, rows in splits.items():
         column = label_column(rows, config.columns.label)
         keys = label_keys(rows, column)
         declared = rows.class_names.get(column, [])
@@ -120,15 +130,82 @@ def _label(splits: Mapping[str, Rows], config: TextDataConfig) -> TextCorpus:
         present = all_present(keys, rows, column)
         if split == "train":
             names = class_order(present, config.label_map, declared)
-        labels = class_indices(present, names, config.label_map, rows, column)
-        examples[split] = [
-            TextExample(row, texts[row], labels[row], pairs[row] if pairs else None, rationales[row])
-            for row in range(len(rows))
-        ]
-    return TextCorpus(examples, names, notes)
+        labels = class_indices(present, names, config.label_map, rows, column, trained)
+        trained = set(labels) if split == "train" else trained
+        examples[split] = _examples(rows, config, labels)
+    return TextCorpus(examples, names, list(dict.fromkeys(notes)))
 
 
-def _shuffled(count: int, seed: str) -> list[int]:
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return order
+def _given(splits: Mapping[str, Rows], config: TextDataConfig, use: Use) -> TextCorpus:
+    """Labels, where there are any, as classes of the model."""
+    examples: dict[str, list[TextExample]] = {}
+    notes = [note for rows in splits.values() for note in rows.notes]
+    for split, rows in splits.items():
+        labels, note = _labels_for_model(rows, config, use)
+        notes += [note] if note else []
+        examples[split] = _examples(rows, config, labels)
+    return TextCorpus(examples, list(use.label_names or []), list(dict.fromkeys(notes)))
+
+
+def _labels_for_model(rows: Rows, config: TextDataConfig, use: Use) -> tuple[Sequence[int] | None, str]:
+    """The labels of all rows, or None and why."""
+    named = config.columns.label
+    if not use.require_labels:
+        if named is None and not has_label_column(rows):
+            return None, f"{rows.source} has no labels"
+        if use.label_names is None:
+            return None, "labels not read: the classes of the model are not known"
+    column = label_column(rows, named)
+    keys = label_keys(rows, column)
+    names = list(use.label_names or [])
+    if not use.require_labels:
+        missing = keys.count(None)
+        if missing:  # all or none: what a row is compared with must not depend on its batch
+            return None, f"{rows.source}: {missing:,} of {len(keys):,} rows have no label, so none is used"
+        if named is None and not config.label_map and not fits_model(keys, names):
+            return None, f"column '{column}' of {rows.source} holds no class of the model, so it is not read as labels"
+    present = all_present(keys, rows, column)
+    declared = rows.class_names.get(column, [])
+    if declared and unnamed(names) and len(declared) == len(names) and not config.label_map:
+        return [declared.index(key) for key in present], ""
+    return model_indices(present, names, config.label_map, rows, column), ""
+
+
+def _examples(rows: Rows, config: TextDataConfig, labels: Sequence[int] | None) -> list[TextExample]:
+    read = read_texts(rows, config.columns)
+    return [
+        TextExample(
+            row,
+            read.texts[row],
+            None if labels is None else labels[row],
+            read.pairs[row] if read.pairs else None,
+            read.rationales[row],
+            read.spans[row],
+        )
+        for row in range(len(rows))
+    ]
+
+
+def _controlled(config: TextDataConfig, seed: int, use: Use) -> TextCorpus:
+    from calig.datamodules.controlled import LABELS, generate
+
+    size = config.size
+    sizes = size if isinstance(size, Mapping) else {split: getattr(size, split) for split in SPLITS}
+    splits = dict(generate(sizes, seed))
+    if use.label_names is None:
+        return TextCorpus(splits, list(LABELS))
+    names = list(use.label_names)
+    if set(LABELS) <= set(names):
+        index = [names.index(label) for label in LABELS]
+    elif unnamed(names) and len(names) == len(LABELS):
+        index = list(range(len(LABELS)))
+    else:
+        raise InputError(
+            f"data.name={CONTROLLED} has the classes {', '.join(LABELS)}, the model has {', '.join(names[:8])}: "
+            "explain a model that was trained on this corpus, or other data."
+        )
+    relabelled = {
+        split: [e if e.label is None else replace(e, label=index[e.label]) for e in examples]
+        for split, examples in splits.items()
+    }
+    return TextCorpus(relabelled, names)

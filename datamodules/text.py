@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningDataModule
@@ -17,13 +17,29 @@ from transformers import PreTrainedTokenizerBase
 from calig.datamodules.collate import TextCollator
 from calig.datamodules.examples import TextExample
 from calig.datamodules.settings import TextDataConfig
-from calig.datamodules.sources import SPLITS, load_corpus
+from calig.datamodules.sources import Use, load_corpus
+from calig.datamodules.splits import SPLITS
 from calig.datamodules.tokenization import check_length, encode_all, ensure_pad_token, train_wordpiece
 from calig.pipeline.errors import InputError, unknown
 
 Encoded = dict[str, Any]
 # Below this number of texts tokenising takes a moment and needs no progress bar.
 QUICK = 4000
+
+
+class Truncation(NamedTuple):
+    """What ``data.max_length`` cut off a split: texts, tokens (special ones not counted), words of rationales."""
+
+    texts: int
+    truncated: int
+    tokens: int
+    tokens_cut: int
+    rationale_words_cut: int
+
+    @property
+    def share(self) -> float:
+        """Share of all tokens that was cut off."""
+        return self.tokens_cut / max(1, self.tokens)
 
 
 class EncodedDataset(Dataset[Encoded]):
@@ -71,6 +87,12 @@ class TextDataModule(LightningDataModule):
         vocab_size: Its size, where it is trained here.
         seed: Decides cut splits, limits, the controlled corpus and the training order.
         padding_side: Where batches are padded; only models whose logits do not depend on it may take "left".
+        label_names: The classes of a model that is trained already. Labels are then looked up among them (by name, or
+            by number), no training split is needed, and nothing is cut from one. None: the training split has them.
+        require_labels: False where texts are only explained: data without labels will do, as will a source without
+            training split. Labels are read if ``label_names`` says what they mean.
+        split: Which split the rows of a single file are, where nothing is trained (either argument above).
+        max_positions: The longest input that the model takes (see ``longest_input``); None: what the tokenizer says.
     """
 
     def __init__(
@@ -80,12 +102,20 @@ class TextDataModule(LightningDataModule):
         vocab_size: int = 8000,
         seed: int = 0,
         padding_side: Literal["right", "left"] = "right",
+        label_names: Sequence[str] | None = None,
+        require_labels: bool = True,
+        split: str = "test",
+        max_positions: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.seed = seed
         self.vocab_size = vocab_size
         self.padding_side = padding_side
+        self.max_positions = max_positions
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        self._use = Use(label_names, require_labels, split)
         self._tokenizer = tokenizer
         self._datasets: dict[str, EncodedDataset] = {}
         self._label_names: list[str] = []
@@ -93,7 +123,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def label_names(self) -> list[str]:
-        """The class names in the order of their indices; after ``setup``."""
+        """The class names in the order of their indices; empty where neither model nor training split told them."""
         self._check_set_up()
         return self._label_names
 
@@ -129,13 +159,21 @@ class TextDataModule(LightningDataModule):
         """
         if self._datasets:
             return
-        corpus = load_corpus(self.config, self.seed)
         length = self.config.max_length
+        if self._tokenizer is not None:  # before the data are read, which may take a while
+            check_length(self._tokenizer, length, positions=self.max_positions)
+        corpus = load_corpus(self.config, self.seed, self._use)
         if self._tokenizer is None:
+            if "train" not in corpus.splits:
+                raise InputError(
+                    "there is no training split to train a tokenizer on, and no model that brings one: set model.name "
+                    "or model.checkpoint to the folder of the model that is to be explained."
+                )
             texts = [text for e in corpus.splits["train"] for text in (e.text, e.text_pair) if text is not None]
             self._tokenizer = train_wordpiece(texts, self.vocab_size, length)
         ensure_pad_token(self._tokenizer)
-        check_length(self._tokenizer, length, any(e.text_pair is not None for e in corpus.splits["train"]))
+        pairs = any(examples[0].text_pair is not None for examples in corpus.splits.values())
+        check_length(self._tokenizer, length, pairs, self.max_positions)
         self._label_names, self._notes = corpus.label_names, corpus.notes
         # Set last: an error above leaves the module as it was.
         self._datasets = {split: self._encoded(split, examples) for split, examples in corpus.splits.items()}
@@ -150,9 +188,11 @@ class TextDataModule(LightningDataModule):
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
         if split not in self._datasets:
+            cut = f"set data.{split}_fraction above 0 to cut it from the training split"
+            other = f"set explain.split={next(iter(self._datasets))}"
             raise InputError(
-                f"there is no {split} split: the data have {', '.join(self._datasets)}. Give it as a file, or set "
-                f"data.{split}_fraction above 0 to cut it from the training split."
+                f"there is no {split} split: the data have {', '.join(self._datasets)}. Give it as a file, or "
+                f"{cut if self._use.trains and split != 'train' else other}."
             )
         return self._datasets[split]
 
@@ -195,22 +235,47 @@ class TextDataModule(LightningDataModule):
         chosen.sort(key=lambda index: (-len(dataset[index]["input_ids"]), index))
         return self._loader(Subset(dataset, chosen), batch_size or self._eval_batch_size)
 
+    def truncation(self) -> dict[str, Truncation]:
+        """How many texts of every split ``data.max_length`` cuts, and how much of them."""
+        self._check_set_up()
+        result = {}
+        for split, dataset in self._datasets.items():
+            rows = dataset.rows
+            cut = sum(row["tokens_cut"] for row in rows)
+            kept = sum(row["special_tokens_mask"].count(0) for row in rows)
+            missed = sum(row["rationale_missed"] for row in rows)
+            result[split] = Truncation(len(rows), sum(row["truncated"] for row in rows), kept + cut, cut, missed)
+        return result
+
     def describe(self) -> str:
-        """One line: rows per split, classes with their share of the training split, rationales, truncation."""
+        """One line: rows per split, classes with their share of the first split, rationales, truncation, remarks."""
         self._check_set_up()
         parts = [f"{split} {len(rows):,}" for split, rows in self._datasets.items()]
-        counts = Counter(row["labels"] for row in self._datasets["train"].rows if "labels" in row)
-        total = max(1, counts.total())
-        shares = [f"{name} {100 * counts[index] / total:.0f} %" for index, name in enumerate(self._label_names)]
+        first = next(iter(self._datasets.values()))
+        counts = Counter(row["labels"] for row in first.rows if "labels" in row)
+        total = counts.total()
+        shares = [
+            f"{name} {100 * counts[index] / total:.0f} %" if total else name
+            for index, name in enumerate(self._label_names)
+        ]
         more = f", {len(shares) - 8} more" if len(shares) > 8 else ""
-        parts.append(f"{len(shares)} classes ({', '.join(shares[:8])}{more})")
+        if shares:
+            parts.append(f"{len(shares)} classes ({', '.join(shares[:8])}{more})")
         rows = [row for dataset in self._datasets.values() for row in dataset.rows]
         explained = sum(any(mark >= 0 for mark in row["rationale"]) for row in rows)
         if explained:
             parts.append(f"{explained:,} texts with rationale")
-        truncated = sum(row["truncated"] for row in rows)
-        parts.append(f"{truncated:,} texts truncated at {self.config.max_length} tokens")
-        return " · ".join(parts + self._notes)
+        return " · ".join([*parts, self._cut_in_words(), *self._notes])
+
+    def _cut_in_words(self) -> str:
+        parts = list(self.truncation().values())
+        whole = Truncation(*(sum(numbers) for numbers in zip(*parts, strict=True)))
+        length = self.config.max_length
+        if not whole.truncated:
+            return f"no text truncated at {length} tokens"
+        text = f"{whole.truncated:,} of {whole.texts:,} texts truncated at {length} tokens ({whole.share:.1%} of all"
+        missed = whole.rationale_words_cut
+        return text + (f", {missed:,} rationale words)" if missed else ")")
 
     def _encoded(self, split: str, examples: Sequence[TextExample]) -> EncodedDataset:
         assert self._tokenizer is not None

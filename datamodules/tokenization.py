@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -67,12 +67,40 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.pad_token = tokenizer.eos_token
 
 
-def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int, pairs: bool = False) -> None:
-    """Refuse a ``max_length`` that the tokenizer's model cannot take or that special tokens alone would fill."""
-    if max_length > tokenizer.model_max_length:
+# Models of these types number positions from padding_idx + 1, and their table holds the unused ones too.
+_OFFSET_POSITIONS = (
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "data2vec-text"),
+    *("longformer", "mpnet", "luke", "mluke", "ibert", "esm", "layoutlmv3", "markuplm"),
+)
+
+
+def longest_input(config: Any) -> int | None:
+    """How many tokens a model takes, from its Hugging Face config; None where its positions have no end."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    if getattr(config, "model_type", "") in _OFFSET_POSITIONS and config.pad_token_id is not None:
+        return positions - config.pad_token_id - 1
+    return positions
+
+
+def check_length(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, pairs: bool = False, positions: int | None = None
+) -> None:
+    """Refuse a ``max_length`` that the model cannot take or that special tokens alone would fill.
+
+    Args:
+        tokenizer: Knows its special tokens and, often, its model's length.
+        max_length: Tokens per text.
+        pairs: Whether texts come in pairs.
+        positions: How many tokens the model takes (see ``longest_input``); None: the tokenizer's word counts.
+    """
+    longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if max_length > longest:
+        model = tokenizer.name_or_path or "the model"
         raise InputError(
-            f"data.max_length={max_length} is more than the {tokenizer.model_max_length} tokens that "
-            f"'{tokenizer.name_or_path}' takes. Set data.max_length={tokenizer.model_max_length} or less."
+            f"data.max_length={max_length} is more than the {longest} tokens that '{model}' takes. "
+            f"Set data.max_length={longest} or less; longer texts are truncated, and the share is reported."
         )
     special = tokenizer.num_special_tokens_to_add(pairs)
     if max_length <= special + pairs:
@@ -95,9 +123,10 @@ def encode_all(
     - ``word_ids``: the word of each token, -1 on special tokens. Words of a list are numbered as in the list; those of
       a string by the tokenizer's own splitting, or by white space where it does not split. A second text goes on
       counting where the first one ends;
-    - ``rationale``: 0/1 by the token's word, -1 on special tokens, on the second text, and where unknown;
+    - ``rationale``: 0/1 by the token's word, -1 on special tokens, on the second text, and where unknown; a word is
+      marked by a span of characters that shares one with it;
     - ``rationale_missed``: how many marked words truncation cut off as a whole;
-    - ``truncated``: whether tokens were cut off;
+    - ``truncated``: whether tokens were cut off, and ``tokens_cut``: how many;
     - ``labels`` (absent where there is none), ``sample_id``.
 
     A list of words is tokenised as its words joined by single spaces: what a model met in training, and byte-level
@@ -136,7 +165,9 @@ def _aligned(example: TextExample, encoding: Any) -> dict[str, Any]:
         for position, word in _words(text, encoding, sequence).items():
             word_ids[position] = offset + word
         offset = len(text) if isinstance(text, list) else max(word_ids) + 1
-    marks = example.rationale
+    marks: Sequence[int] | Mapping[int, int] | None = example.rationale
+    if isinstance(example.text, str) and example.spans is not None:
+        marks = _spanned(example.text, example.spans, encoding)
     rationale = [-1] * len(sequences)
     missed = 0
     if marks is not None:
@@ -149,9 +180,34 @@ def _aligned(example: TextExample, encoding: Any) -> dict[str, Any]:
         "rationale": rationale,
         "rationale_missed": missed,
         "truncated": bool(encoding.overflowing),
+        "tokens_cut": _tokens_cut(encoding, sequences),
         "sample_id": example.sample_id,
     }
     return result if example.label is None else result | {"labels": example.label}
+
+
+def _tokens_cut(encoding: Any, sequences: Sequence[int | None]) -> int:
+    if 1 not in sequences:
+        return sum(of == 0 for part in encoding.overflowing for of in part.sequence_ids)
+    # Of a pair every part of one text comes with every part of the other: count each token once.
+    places = [
+        {(of, *offset) for of, offset in zip(part.sequence_ids, part.offsets, strict=True) if of is not None}
+        for part in (encoding, *encoding.overflowing)
+    ]
+    return len(set().union(*places[1:]) - places[0])
+
+
+def _spanned(text: str, spans: Sequence[tuple[int, int]], encoding: Any) -> dict[int, int]:
+    """Word index -> whether a span of characters touches the word, of all words, also those cut off."""
+    marks: dict[int, int] = {}
+    for part in (encoding, *encoding.overflowing):
+        offsets = part.offsets
+        for position, word in _words(text, part, 0).items():
+            start, end = offsets[position]
+            token = text[start:end]
+            start += len(token) - len(token.lstrip())  # a token may begin with the space before its word
+            marks[word] = marks.get(word, 0) | any(start < stop and begin < end for begin, stop in spans)
+    return marks
 
 
 def _words(text: Text, encoding: Any, sequence: int) -> dict[int, int]:

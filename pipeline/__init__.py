@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from calig.pipeline.explaining import explain
+    from calig.pipeline.explanation import Explanation
     from calig.pipeline.loading import load_explanations
     from calig.pipeline.run import run
 
-__all__ = ["load_explanations", "run"]
+__all__ = ["Explanation", "explain", "load_explanations", "run"]
 
-_HOME = {"load_explanations": "loading", "run": "run"}
+_HOME = {"Explanation": "explanation", "explain": "explaining", "load_explanations": "loading", "run": "run"}
 
 
 def __getattr__(name: str) -> object:

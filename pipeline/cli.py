@@ -9,8 +9,10 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from calig.pipeline.errors import InputError
 
@@ -22,7 +24,16 @@ examples:
   calig run experiment=sst2 data.path=DIR          a real data set, read from a local folder
   calig run data=files data.path=reviews.csv model=distilbert trainer=gpu
   calig run run.resume=runs/quickstart             continue where a run stopped
+  calig explain runs/quickstart --text "not bad"   what decides, word by word
+  calig compare runs/one runs/two                  what differs, and whether the explanations agree
   calig config experiment=hatexplain model.lr=3e-5 see the resolved configuration first
+"""
+
+_EXPLAIN_EXAMPLES = """\
+examples:
+  calig explain runs/quickstart --text "the plot was not bad"
+  calig explain runs/quickstart --text "..." --target negative --method integrated_gradients --html page.html
+  calig explain path/to/model --file reviews.csv --out explained
 """
 
 
@@ -34,22 +45,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE
     # Parallel tokenizers warn about forks that Lightning's launchers make.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _on_sigterm) if in_main_thread else None
     try:
-        return options.action(options)
+        code = options.action(options)
+        sys.stdout.flush()  # here, and not at the end of the process, a broken pipe can still be met
+        return code
     except InputError as error:
         return _stop(options, error, BAD_INPUT)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:
-        # The reader of a pipe has gone: nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return _broken_pipe(options)
     except SystemExit as error:
+        # Lightning turns Ctrl+C into an exit of its own, and rich a pipe that nobody reads.
+        causes = _causes(error)
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            return _interrupted()
+        if any(isinstance(cause, BrokenPipeError) for cause in causes):
+            return _broken_pipe(options)
         return int(error.code or 0) if not isinstance(error.code, str) else FAILED
     except Exception as error:
         return _stop(options, error, FAILED)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What was being handled when an error was raised, outwards."""
+    found: list[BaseException] = []
+    cause = error.__cause__ or error.__context__
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return found
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _broken_pipe(options: argparse.Namespace) -> int:
+    # The reader of a pipe has gone: nothing to say, and nobody to say it to. A run that lost its listener is not done.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED if options.command == "run" else DONE
 
 
 def _stop(options: argparse.Namespace, error: Exception, code: int) -> int:
@@ -89,15 +130,50 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_overrides(run)
     run.set_defaults(action=_run)
+    _add_explain(commands, shared)
     config = commands.add_parser("config", parents=[shared], help="print the resolved configuration")
     _add_overrides(config)
     config.set_defaults(action=_config)
     report = commands.add_parser("report", parents=[shared], help="render report.html of a run again")
     report.add_argument("run", metavar="RUN_DIR")
     report.set_defaults(action=_report)
+    compare = commands.add_parser(
+        "compare",
+        parents=[shared],
+        help="two runs side by side: configurations, metrics, agreement of explanations",
+    )
+    compare.add_argument("runs", metavar="RUN_DIR", nargs=2)
+    compare.add_argument("--all", action="store_true", help="every metric, with variants, intervals and controls")
+    compare.set_defaults(action=_compare)
     methods = commands.add_parser("methods", parents=[shared], help="list the attribution methods and their options")
     methods.set_defaults(action=_methods)
     return parser
+
+
+def _add_explain(commands: Any, shared: argparse.ArgumentParser) -> None:
+    explain = commands.add_parser(
+        "explain",
+        parents=[shared],
+        help="explain what a fine-tuned classifier decides about texts",
+        description="Explain texts with the model of a run, a Hugging Face folder or a checkpoint.",
+        epilog=_EXPLAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = explain.add_argument
+    add("source", metavar="SOURCE", help="run directory, Hugging Face folder, or .ckpt of a run")
+    add("--text", action="append", metavar="TEXT", help="a text; may be repeated")
+    add("--text-pair", action="append", metavar="TEXT", help="the second text of each --text, for a model of pairs")
+    add("--file", metavar="FILE", help="texts from csv, tsv, json, jsonl, parquet, or txt (one a line); needs --out")
+    add("--text-column", metavar="NAME", help="column of the texts (default: found by name)")
+    add("--pair-column", metavar="NAME", help="column of the second texts")
+    add("--out", metavar="DIR", help="write explanations/part-*.parquet into this new or empty folder")
+    add("--html", metavar="FILE", help="write a self-contained page of the explanations")
+    add("--method", default="ca_lig", metavar="NAME", help="see `calig methods` (default: ca_lig)")
+    add("--target", default="predicted", metavar="CLASS", help="predicted (default), a class name or its index")
+    add("--steps", metavar="N|auto", help="nodes of the path (default: those of the run, else auto)")
+    add("--option", action="append", default=[], metavar="key=value", help="option of the method; may be repeated")
+    add("--batch-size", type=int, default=16, metavar="N", help="texts at a time (default: 16)")
+    explain.set_defaults(action=_explain)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +198,23 @@ def _config(options: argparse.Namespace) -> int:
     from calig.pipeline.compose import compose, to_yaml
 
     print(to_yaml(compose(options.overrides)), end="")
+    return DONE
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from calig.pipeline.explain_command import run_explain
+    from calig.pipeline.explain_request import Request, parse_options
+
+    names = ("source", "file", "text_column", "pair_column", "method", "target", "batch_size", "out", "html")
+    chosen = parse_options(options.option, options.steps)
+    given = {name: getattr(options, name) for name in names}
+    return run_explain(Request(**given, texts=options.text, text_pairs=options.text_pair, options=chosen))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from calig.pipeline.compare import compare_runs, print_comparison
+
+    print_comparison(compare_runs(*options.runs), every_metric=options.all)
     return DONE
 
 

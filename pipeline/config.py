@@ -56,13 +56,32 @@ class ScratchConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """LoRA adapters (PEFT): small matrices are trained beside frozen weights and merged into them at the end."""
+
+    r: int | None = _key(None, "rank of the adapters; turns them on (null: every weight is trained)", low=1)
+    alpha: float | None = _key(None, "scale of the adapters, divided by r (null: 2 * r)", above=0)
+    dropout: float = _key(0.0, "dropout in front of the adapters", low=0, below=1)
+    target_modules: list[str] | None = _key(
+        None, "names of the linear layers that get adapters (null: PEFT's choice for the family, else all)"
+    )
+
+
+@dataclass
 class ModelConfig:
     """The classifier and how it is optimised."""
 
-    name: str | None = _key(None, "hub name or local folder (null: model.scratch)")
+    name: str | None = _key(None, "hub name or local folder, of a model or an adapter (null: model.scratch)")
     checkpoint: str | None = _key(None, "Lightning checkpoint or Hugging Face folder to load weights from")
     revision: str | None = _key(None, "branch, tag or commit on the hub")
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    peft: AdapterConfig = field(default_factory=AdapterConfig)
+    class_weights: list[float] | Literal["balanced"] | None = _key(
+        None, "weights of the classes in the loss, or balanced: the rarer, the heavier (null: none)"
+    )
+    label_smoothing: float = _key(0.0, "share of the target spread over all classes", low=0, below=1)
+    gradient_checkpointing: bool = _key(False, "recompute blocks in the backward pass: less memory, more time")
+    compile: bool = _key(False, "torch.compile for training and evaluation; explanations run uncompiled")
     lr: float = _key(5e-5, "peak learning rate of AdamW", above=0)
     weight_decay: float = _key(0.01, "weight decay of AdamW (not on biases and norms)", low=0)
     warmup: float = _key(0.1, "fraction of all steps over which the learning rate rises", low=0, high=1)
@@ -77,8 +96,10 @@ class ColumnsConfig:
 
     text: str | None = _key(None, "column of the text or of its list of words (null: found by name)")
     text_pair: str | None = _key(None, "column of the second text of a pair")
-    label: str | None = _key(None, "column of the label (null: found by name)")
-    rationale: str | None = _key(None, "column with 0 or 1 per word, 1 on the evidence")
+    label: str | None = _key(None, "column of the label, or conllu comment (null: found by name)")
+    rationale: str | None = _key(
+        None, "column of the evidence: 0 or 1 per word, or [start, end) pairs of words (word lists) or characters"
+    )
 
 
 @dataclass
@@ -95,11 +116,16 @@ class DataConfig:
     """The data set, its columns and its batches."""
 
     name: str | None = _key(None, "controlled (the corpus with planted evidence) or a data set of the hub")
-    path: str | None = _key(None, "file, or folder with train/val/test files (csv, tsv, json, jsonl, parquet)")
-    revision: str | None = _key(None, "branch, tag or commit on the hub")
+    path: str | None = _key(
+        None,
+        "file, folder with train/val/test files (csv, tsv, json, jsonl, parquet, arrow, conllu, tar.gz, zip), "
+        "folder of save_to_disk, or folder of class folders",
+    )
+    config: str | None = _key(None, "configuration of a hub data set that has several")
+    revision: str | None = _key(None, "branch, tag or commit of the hub data set")
     header: bool = _key(True, "the first line of a csv or tsv names the columns")
     quoted: bool | None = _key(None, "quotes in a csv or tsv enclose a field (null: csv yes, tsv no)")
-    label_map: dict[str, str] | None = _key(None, "label in the data: class name; merges or renames classes")
+    label_map: dict[str, str] | None = _key(None, "label in the data: class name; merges, renames and orders classes")
     max_length: int = _key(128, "longest input in tokens", low=4)
     limit_train: int | None = _key(None, "use this many training examples", low=1)
     limit_val: int | None = _key(None, "use this many validation examples", low=1)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from rich.console import Console as RichConsole
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from calig.pipeline.run import RunContext
-
 
 _LIBRARIES = ("py.warnings", "lightning.pytorch", "lightning.fabric", "transformers", "calig")
 
@@ -76,7 +73,8 @@ class Console:
                 logging.getLogger(name).removeHandler(self._handler)
             logging.captureWarnings(False)
             if error is not None:
-                self._stream.write(f"{type(error).__name__}: {error}\n")
+                # The terminal shows one line; whoever looks into a run that took hours wants to see where.
+                self._stream.writelines(traceback.format_exception(error))
             self._stream.close()
             self._file = self._handler = None
 
@@ -110,9 +108,8 @@ class Console:
         if note:
             self.say(note)
 
-    def results(self, context: RunContext) -> None:
+    def results(self, folder: Path, failed: int) -> None:
         """Say where to look, at the end of a run."""
-        directory = context.directory
         seconds = time.monotonic() - self._start
         self.say(f"\ndone in {seconds:.0f} s; look at")
         for name, what in (
@@ -122,7 +119,7 @@ class Console:
             ("model", "the best weights, a Hugging Face folder"),
             ("wandb", "the offline run: `wandb sync` uploads it"),
         ):
-            if (directory / name).exists():
-                self.say(f"  {directory / name!s:<40} {what}")
-        if context.failed:
-            self.warn(f"{context.failed} explanations failed; see {directory / 'failures.jsonl'}")
+            if (folder / name).exists():
+                self.say(f"  {folder / name!s:<40} {what}")
+        if failed:
+            self.warn(f"{failed} explanations failed; see {folder / 'failures.jsonl'}")

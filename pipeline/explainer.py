@@ -88,6 +88,10 @@ class Explained:
         self.failures += other.failures
 
 
+NON_FINITE_OUTPUT = "the model's output is not finite (NaN or infinity)"
+"""Reason of samples that the model itself fails on: nothing to explain, and a sign that its weights are broken."""
+
+
 class SampleFailure(RuntimeError):
     """A sample or a method failed and `strict` was set."""
 
@@ -130,17 +134,26 @@ class Explainer:
         with self.model.session():
             inputs = self.model.prepare(batch, special)
             logits = self.model.logits(inputs)
+            broken = ~logits.isfinite().all(dim=1).cpu()
+            if broken.any():
+                return self._without(batch, ids, broken)
             target = resolve_target(self.settings.target, logits, batch.get("labels"))
             results: dict[str, Attribution] = {}
             seconds: dict[str, float] = {}
+            # A method that fails on this batch alone would be averaged over other samples than the rest.
+            comparable = True
             for name, options in self.settings.methods.items():
                 start = time.perf_counter()
                 try:
                     result = attribute(
                         self.model, dict(batch), name, target=target, special_tokens_mask=special, **options
                     )
-                except (UnsupportedModelError, InputError, torch.OutOfMemoryError) as error:
+                except (UnsupportedModelError, InputError) as error:
                     self._fail(rows, ids, name, str(error))
+                    continue
+                except torch.OutOfMemoryError as error:
+                    self._fail(rows, ids, name, f"out of memory, set explain.batch_size lower: {error}")
+                    comparable = False
                     continue
                 assert isinstance(result, Attribution)  # one target per example
                 seconds[name] = (time.perf_counter() - start) / len(ids)
@@ -153,7 +166,24 @@ class Explainer:
             good = (~bad[name]).nonzero().flatten().tolist()
             rows.explanations += [self._explanation(facts, result, i) for i in good]
         with self.model.evaluation():
-            self._measure(rows, facts, results, bad, seconds)
+            if comparable:
+                self._measure(rows, facts, results, bad, seconds)
+        return rows
+
+    def _without(self, batch: Mapping[str, Any], ids: Sequence[int], broken: Tensor) -> Explained:
+        """Explain a batch without the examples that the model returns NaN for; those are failures of every method."""
+        rows = Explained()
+        for name in self.settings.methods:
+            self._fail(rows, [ids[i] for i in broken.nonzero().flatten().tolist()], name, NON_FINITE_OUTPUT)
+        good = (~broken).nonzero().flatten()
+        if len(good):
+            rest = {
+                key: value[good.to(value.device)]
+                if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(ids)
+                else value
+                for key, value in batch.items()
+            }
+            rows.extend(self.explain(rest))
         return rows
 
     def _fail(self, rows: Explained, ids: Sequence[int], method: str, reason: str) -> None:
@@ -225,7 +255,7 @@ class Explainer:
         # The method `random` is the metrics' own control and is measured as such.
         scores = {name: result.scores[usable] for name, result in results.items() if name != "random"}
         ids = [facts.ids[i] for i in usable]
-        if self.settings.operators and scores:
+        if self.settings.operators:
             index = torch.tensor(usable, device=facts.batch["input_ids"].device)
             keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in facts.batch]
             batch = {key: facts.batch[key][index] for key in keys}
@@ -243,7 +273,7 @@ class Explainer:
                 seed=self.settings.seed,
             )
         rationales = [facts.word_rationale(i) for i in usable]
-        if self.settings.plausibility and scores and any(rationale is not None for rationale in rationales):
+        if self.settings.plausibility and any(rationale is not None for rationale in rationales):
             rows += plausibility_rows(
                 scores,
                 word_ids=[facts.word_ids(i, first.special[i], padded=True) for i in usable],
@@ -255,7 +285,8 @@ class Explainer:
         return rows
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return logits_of(self.model.module(**forward_inputs(self.model.module, batch))).float()
+        inputs = {key: value.to(self.model.device) for key, value in forward_inputs(self.model.module, batch).items()}
+        return logits_of(self.model.module(**inputs)).float()
 
 
 def scalar_key(prefix: str, method: str, control: str, metric: str) -> str:
@@ -309,9 +340,11 @@ class _Facts:
         """1 per rationale word; words that truncation cut off stand behind the last one, where nothing scores."""
         if "rationale" not in self.batch or "word_ids" not in self.batch:
             return None
-        pairs = zip(self.batch["word_ids"][i].tolist(), self.batch["rationale"][i].tolist(), strict=True)
+        words = self.batch["word_ids"][i].tolist()
+        pairs = zip(words, self.batch["rationale"][i].tolist(), strict=True)
         marks = {int(word): int(mark) for word, mark in pairs if word >= 0 and mark >= 0}
         missed = int(self.batch["rationale_missed"][i]) if "rationale_missed" in self.batch else 0
         if not marks and not missed:
             return None
-        return [marks.get(word, 0) for word in range(max(marks, default=-1) + 1)] + [1] * missed
+        # Words of a second text have no marks; they count as outside the rationale.
+        return [marks.get(word, 0) for word in range(int(max(words)) + 1)] + [1] * missed

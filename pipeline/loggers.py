@@ -7,15 +7,16 @@ import csv
 import dataclasses
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calig.pipeline.config import Config
 from calig.pipeline.console import Console
 from calig.pipeline.records import atomic_write
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.loggers import Logger, WandbLogger
 
 METRICS = "metrics.csv"
 _EARLIER = ".metrics-before.csv"
@@ -44,12 +45,15 @@ def make_loggers(config: Config, folder: Path, console: Console, *, main: bool) 
     return loggers
 
 
-def finish_loggers(loggers: list[Logger], folder: Path, *, main: bool) -> None:
+def finish_loggers(loggers: list[Logger], folder: Path, console: Console, *, main: bool) -> None:
     """Close what a run has opened; without it, the next run of the process would go on writing into this one."""
-    if any(type(logger).__name__ == "WandbLogger" for logger in loggers):
+    if len(loggers) > 1:
         import wandb
 
-        wandb.finish()
+        try:
+            wandb.finish()
+        except Exception as error:
+            console.warn(f"Weights & Biases did not finish: {type(error).__name__}: {error}")
     if main:
         join_metrics(folder)
 
@@ -59,7 +63,7 @@ def join_metrics(folder: Path) -> None:
     earlier, now = folder / _EARLIER, folder / METRICS
     if not earlier.exists():
         return
-    rows = [*_rows(earlier), *_rows(now)]
+    rows = logged_rows(folder)
     columns = sorted({key for row in rows for key in row})
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="")
@@ -69,11 +73,38 @@ def join_metrics(folder: Path) -> None:
     earlier.unlink()
 
 
+def logged_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, those of earlier sessions of the run first."""
+    return [*_rows(folder / _EARLIER), *_rows(folder / METRICS)]
+
+
 def _rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(encoding="utf8", newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def _guarded(cls: type[WandbLogger], console: Console) -> type[WandbLogger]:
+    """A WandbLogger that says once that it failed and is silent from then on: a logger never ends a training."""
+
+    def guard(name: str) -> Callable[..., Any]:
+        original = getattr(cls, name)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if getattr(self, "calig_failed", False):
+                return None
+            try:
+                return original(self, *args, **kwargs)
+            except Exception as error:
+                self.calig_failed = True
+                console.warn(f"Weights & Biases failed and is left out from here: {type(error).__name__}: {error}")
+                return None
+
+        return call
+
+    names = ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint")
+    return type("WandbLogger", (cls,), {name: guard(name) for name in names})
 
 
 def _wandb_logger(config: Config, folder: Path, console: Console) -> Logger | None:
@@ -87,7 +118,7 @@ def _wandb_logger(config: Config, folder: Path, console: Console) -> Logger | No
         import wandb
 
         target.mkdir(exist_ok=True)
-        logger = WandbLogger(
+        logger = _guarded(WandbLogger, console)(
             name=config.run.name,
             project=settings.project,
             entity=settings.entity,

@@ -1,67 +1,100 @@
-"""Classifiers and tokenizers from the hub, a local folder, a checkpoint, or from scratch."""
+"""Classifiers and tokenizers from the hub, a local folder, an adapter, a checkpoint, or from scratch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from calig.pipeline.config import ModelConfig
+from calig.pipeline.adapters import (
+    add_adapters,
+    base_name,
+    is_adapter_folder,
+    load_adapter_folder,
+    merge_adapters,
+)
+from calig.pipeline.attribution.wrapping import is_peft, unwrap
+from calig.pipeline.checkpoint import first_line, load_checkpoint
+from calig.pipeline.config import AdapterConfig, ModelConfig
 from calig.pipeline.errors import InputError
+
+__all__ = ["finish_training", "load_checkpoint", "load_model", "load_tokenizer", "prepare_training"]
+
+_NO_HEAD = {"keep_head": False, "need_head": False}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of `model.name`; None where the model is made from scratch and trains its own.
+    """The tokenizer of the model; None where the model is made from scratch and trains its own.
+
+    A checkpoint folder that has a tokenizer brings the one that its weights belong to.
 
     Raises:
         InputError: The folder or hub name holds no tokenizer.
     """
+    folder = _folder(config.checkpoint)
+    if folder is not None and (config.name is None or any((folder / name).exists() for name in _TOKENIZER_FILES)):
+        return _tokenizer(str(folder), "model.checkpoint", None)
     if config.name is None:
-        # A checkpoint folder of an earlier scratch model brings the tokenizer that its weights belong to.
-        folder = Path(config.checkpoint) if config.checkpoint else None
-        if folder is not None and folder.is_dir():
-            return AutoTokenizer.from_pretrained(folder)
         return None
-    try:
-        return AutoTokenizer.from_pretrained(config.name, revision=config.revision or "main")
-    except (OSError, ValueError) as error:
-        raise _not_loaded(config.name, error) from error
+    if is_adapter_folder(config.name) and not any((Path(config.name) / name).exists() for name in _TOKENIZER_FILES):
+        return _tokenizer(base_name(config.name), f"the base model of the adapter {config.name}", None)
+    return _tokenizer(config.name, "model.name", config.revision)
 
 
-def load_model(config: ModelConfig, label_names: Sequence[str], tokenizer: Any) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, label_names: Sequence[str], tokenizer: Any, *, need_head: bool = False
+) -> PreTrainedModel:
     """The classifier, in float32, with as many outputs as there are label names.
+
+    `model.checkpoint` wins over `model.name`, which wins over `model.scratch`; an adapter folder is merged into its
+    base model. What only concerns training is added by `prepare_training`.
 
     Args:
         config: The `model` section.
         label_names: Class names, kept in the model's config.
         tokenizer: Decides the vocabulary and the pad token of a model from scratch, and the pad token elsewhere.
+        need_head: Raise if the classification head would be a fresh one: for runs that do not train.
 
     Raises:
         InputError: The model or the checkpoint cannot be loaded; the message names it.
     """
+    if len(label_names) < 2:
+        raise InputError(
+            f"a classifier needs two classes, got {list(label_names)}; regression (one output) is not supported."
+        )
     labels: dict[str, Any] = {
         "num_labels": len(label_names),
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: index for index, name in enumerate(label_names)},
+        # A folder may carry that of another task; the loss of a model is chosen by it.
+        "problem_type": "single_label_classification",
     }
-    folder = Path(config.checkpoint) if config.checkpoint and Path(config.checkpoint).is_dir() else None
-    if folder is None and config.name is None:
-        model = _from_scratch(config, labels, tokenizer)
+    folder = _folder(config.checkpoint)
+    if folder is not None:
+        _check_same_architecture(config, folder)
+        model = _pretrained(str(folder), "model.checkpoint", None, labels, keep_head=True, need_head=need_head)
+    elif config.name is not None:
+        # The head of another task makes room for a fresh one, unless nothing would train it.
+        source = "model.name", config.revision
+        trained = need_head and not config.checkpoint
+        model = _pretrained(config.name, *source, labels, keep_head=trained, need_head=trained)
     else:
-        source = str(folder or config.name)
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                revision=config.revision or "main",
-                dtype=torch.float32,
-                ignore_mismatched_sizes=folder is None,
-                **labels,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise _not_loaded(source, error) from error
+        model = _from_scratch(config, labels, tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if config.checkpoint and folder is None:
@@ -69,25 +102,128 @@ def load_model(config: ModelConfig, label_names: Sequence[str], tokenizer: Any) 
     return model
 
 
-def load_checkpoint(model: PreTrainedModel, path: str) -> None:
-    """Load the weights of a Lightning checkpoint into a model, without running anything the file could hold.
+def prepare_training(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
+    """Put on what only training needs: adapters, gradient checkpointing, compilation; `finish_training` takes it off.
+
+    Returns:
+        The model, or the PEFT model around it.
 
     Raises:
-        InputError: The file does not exist, is no checkpoint, or holds other weights.
+        InputError: PEFT is missing, a target module does not exist, or the family cannot checkpoint.
     """
-    if not Path(path).is_file():
-        raise InputError(f"model.checkpoint={path} does not exist; expected a .ckpt file or a Hugging Face folder.")
+    for item in fields(config.peft):
+        value = getattr(config.peft, item.name)
+        if config.peft.r is None and value != getattr(AdapterConfig(), item.name):
+            raise InputError(f"model.peft.{item.name}={value} needs model.peft.r, the rank, which turns adapters on.")
+    if config.gradient_checkpointing:
+        _checkpoint_blocks(model)
+    prepared = model if config.peft.r is None else add_adapters(model, config.peft)
+    if config.compile:
+        # In place, so that checkpoints hold the same keys as without it.
+        prepared.compile()
+    return prepared
+
+
+def finish_training(model: nn.Module) -> PreTrainedModel:
+    """The plain model that training leaves: adapters merged, nothing checkpointed or compiled."""
+    model._compiled_call_impl = None
+    plain = merge_adapters(unwrap(model) if not is_peft(model) else model)
+    assert isinstance(plain, PreTrainedModel)
+    for part in plain.modules():
+        if vars(part).get("gradient_checkpointing") is True:
+            part.gradient_checkpointing = False  # type: ignore[assignment]
+    return plain
+
+
+def _folder(checkpoint: str | None) -> Path | None:
+    return Path(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None
+
+
+def _tokenizer(source: str, key: str, revision: str | None) -> Any:
+    _check_revision(source, key, revision)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:
-        raise InputError(f"model.checkpoint={path} is not a Lightning checkpoint: {_first_line(error)}") from error
-    weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+    except Exception as error:  # whatever the readers of many formats raise
+        if Path(source).is_dir() and not any((Path(source) / name).exists() for name in _TOKENIZER_FILES):
+            raise _no_tokenizer(source, key) from error
+        raise _not_loaded(source, key, error) from error
+    # Without files, transformers makes an empty tokenizer of the family, for which every word is unknown.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise _no_tokenizer(source, key)
+    return tokenizer
+
+
+def _pretrained(
+    source: str, key: str, revision: str | None, labels: dict[str, Any], *, keep_head: bool, need_head: bool
+) -> PreTrainedModel:
+    _check_revision(source, key, revision)
+    if is_adapter_folder(source):
+        # The base brings no head; the adapter does.
+        inner = _pretrained(base_name(source), f"the base model of {key}={source}", None, labels, **_NO_HEAD)
+        return load_adapter_folder(inner, source, keep_head=keep_head)
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
+        # Never the code that a folder or a hub page brings along; pickled weights are read as weights only.
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            revision=revision or "main",
+            dtype=torch.float32,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=not keep_head,
+            output_loading_info=True,
+            **labels,
+        )
+    except Exception as error:  # whatever the readers of many formats raise
+        raise _not_loaded(source, key, error) from error
+    missing = set(report["missing_keys"])
+    body = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
+    if len(missing.intersection(body)) > len(body) / 2:
         raise InputError(
-            f"model.checkpoint={path} holds weights of another model: {str(error).splitlines()[1].strip()}"
-        ) from error
+            f"{key}={source} holds weights of another model: {len(missing)} weights of this "
+            f"'{model.config.model_type}' are not in it (first: {min(missing)})."
+        )
+    fresh = sorted(name for name in missing if not name.startswith(f"{model.base_model_prefix}."))
+    if need_head and fresh:
+        raise InputError(
+            f"{key}={source} has no trained classification head ({', '.join(fresh)} would be random). Train it first "
+            "(stages: fit), or name a fine-tuned classifier."
+        )
+    return model
+
+
+def _check_same_architecture(config: ModelConfig, folder: Path) -> None:
+    """Refuse a checkpoint folder of another family than `model.name`, where both are at hand."""
+    if config.name is None or is_adapter_folder(config.name) or is_adapter_folder(folder):
+        return
+    try:
+        own, other = (
+            AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False).model_type
+            for source in (folder, config.name)
+        )
+    except Exception:  # a broken folder gets its own message when it is loaded; a name need not be in the cache
+        return
+    if own != other:
+        raise InputError(
+            f"model.checkpoint={folder} is a '{own}', model.name={config.name} a '{other}'. The folder says all about "
+            "the model: set model.name=null, or give a checkpoint of the same architecture."
+        )
+
+
+def _check_revision(source: str, key: str, revision: str | None) -> None:
+    if revision is not None and Path(source).is_dir():
+        raise InputError(
+            f"model.revision={revision} means nothing for {key}={source}, a local folder. Leave it out, or give the "
+            "hub name."
+        )
+
+
+def _checkpoint_blocks(model: PreTrainedModel) -> None:
+    # transformers renamed it; both take the same. The reentrant form needs inputs with gradients, which frozen
+    # embeddings in front of adapters do not have.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise InputError(f"model.gradient_checkpointing=true: {first_line(error)}") from error
 
 
 def _from_scratch(config: ModelConfig, labels: dict[str, Any], tokenizer: Any) -> PreTrainedModel:
@@ -116,15 +252,21 @@ def _from_scratch(config: ModelConfig, labels: dict[str, Any], tokenizer: Any) -
         made = AutoConfig.for_model(scratch.type, **shape, **special, **labels)
         return AutoModelForSequenceClassification.from_config(made, dtype=torch.float32)
     except (ValueError, KeyError) as error:
-        raise InputError(f"model.scratch.type={scratch.type} cannot be made: {_first_line(error)}") from error
+        raise InputError(f"model.scratch.type={scratch.type} cannot be made: {first_line(error)}") from error
 
 
-def _not_loaded(source: str, error: Exception) -> InputError:
+def _not_loaded(source: str, key: str, error: Exception) -> InputError:
+    if Path(source).is_file():
+        return InputError(f"{key}={source} is a file. A Lightning checkpoint goes to model.checkpoint={source}.")
+    kind = "is a local folder but no model that can be read" if Path(source).is_dir() else "is no local folder"
     return InputError(
-        f"'{source}' could not be loaded: {_first_line(error)} "
+        f"'{source}' could not be loaded ({key}): it {kind}. {first_line(error)} "
         "Expected a local Hugging Face folder or a name on the hub (which needs the network, or a filled cache)."
     )
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _no_tokenizer(source: str, key: str) -> InputError:
+    return InputError(
+        f"'{source}' ({key}) holds no tokenizer (looked for {', '.join(_TOKENIZER_FILES[:4])}, ...). Save it beside "
+        "the weights with tokenizer.save_pretrained(FOLDER)."
+    )

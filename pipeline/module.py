@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
+from calig.pipeline.adapters import adapter_settings
 from calig.pipeline.attribution.model import forward_inputs
+from calig.pipeline.checkpoint import ADAPTER_KEY
+from calig.pipeline.config import ModelConfig
+from calig.pipeline.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,90 @@ class OptimizerSettings:
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
+@dataclass(frozen=True)
+class LossSettings:
+    """Cross entropy beside the model's own.
+
+    Attributes:
+        class_weights: One per class; a batch's loss is the mean weighted by them. None weighs all alike.
+        label_smoothing: Share of the target that is spread over all classes.
+    """
+
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is the loss that the model computes itself."""
+        return self.class_weights is None and not self.label_smoothing
+
+
+def loss_settings(
+    config: ModelConfig, label_names: Sequence[str], train_labels: Callable[[], Iterable[int]]
+) -> LossSettings:
+    """The loss that the `model` section asks for.
+
+    Args:
+        config: The section.
+        label_names: The C class names.
+        train_labels: The class indices of the training split; asked only for `balanced`, whose weights are
+            n / (C * count), so that they average 1 over the examples.
+
+    Raises:
+        InputError: The weights are not C positive numbers, or a class has no example to be balanced by.
+    """
+    given, classes = config.class_weights, len(label_names)
+    if given is None:
+        return LossSettings(None, config.label_smoothing)
+    if given == "balanced":
+        counts = Counter(int(label) for label in train_labels())
+        absent = [name for index, name in enumerate(label_names) if not counts[index]]
+        if absent:
+            raise InputError(
+                f"model.class_weights=balanced: the training split has no example of {', '.join(absent)}. "
+                "Merge classes with data.label_map, or give the weights as a list."
+            )
+        return LossSettings(
+            tuple(counts.total() / (classes * counts[index]) for index in range(classes)), config.label_smoothing
+        )
+    if len(given) != classes:
+        raise InputError(
+            f"model.class_weights has {len(given)} values for {classes} classes. Give one for each of: "
+            f"{', '.join(label_names)} (in this order), or balanced."
+        )
+    if not all(0 < float(weight) < float("inf") for weight in given):
+        raise InputError(f"model.class_weights takes positive numbers, got {list(given)}.")
+    return LossSettings(tuple(map(float, given)), config.label_smoothing)
+
+
 class ClassificationModule(LightningModule):
     """Fine-tunes a sequence classifier.
 
     Logs `train/loss`, `val/loss`, `val/accuracy`, `val/f1` (macro), and the same for `test`.
 
     Args:
-        model: Takes a batch's inputs and `labels`, returns `loss` and `logits` (B, C).
+        model: Takes a batch's inputs and `labels`, returns `loss` and `logits` (B, C); plain, or as
+            `calig.pipeline.models.prepare_training` returns it.
         label_names: The C class names.
         optimizer: Settings of the optimiser.
+        loss: Settings of the loss, of training and evaluation alike; None takes the model's own.
     """
 
+    class_weights: Tensor | None
+
     def __init__(
-        self, model: PreTrainedModel, label_names: Sequence[str], optimizer: OptimizerSettings | None = None
+        self,
+        model: nn.Module,
+        label_names: Sequence[str],
+        optimizer: OptimizerSettings | None = None,
+        loss: LossSettings | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.loss_settings = loss or LossSettings()
+        weights = self.loss_settings.class_weights
+        # Moves with the module, but is a setting and no weight: checkpoints hold the model alone.
+        self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
         self.label_names = list(label_names)
         self.optimizer_settings = optimizer or OptimizerSettings()
         classes = max(2, len(self.label_names))
@@ -68,7 +141,24 @@ class ClassificationModule(LightningModule):
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Run the model on a batch; `labels`, where present, make it return a loss."""
         inputs = forward_inputs(self.model, batch)
-        return self.model(**inputs, labels=batch["labels"]) if "labels" in batch else self.model(**inputs)
+        if "labels" not in batch:
+            return self.model(**inputs)
+        if self.loss_settings.is_plain:
+            return self.model(**inputs, labels=batch["labels"])
+        output = self.model(**inputs)
+        output["loss"] = nn.functional.cross_entropy(
+            output.logits.float(),
+            batch["labels"],
+            weight=self.class_weights,
+            label_smoothing=self.loss_settings.label_smoothing,
+        )
+        return output
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is needed to merge adapters without the run's configuration."""
+        settings = adapter_settings(self.model)
+        if settings is not None:
+            checkpoint[ADAPTER_KEY] = settings
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Loss of a batch."""

@@ -45,7 +45,7 @@ METRIC_SCHEMA = pa.schema(
         ("metric", pa.string()),
         ("operator", pa.string()),
         ("space", pa.string()),
-        ("q", pa.float32()),
+        ("q", pa.float64()),
         ("value", pa.float64()),
     ]
 )

@@ -199,6 +199,17 @@ def _check_data(config: Config, origins: Origins) -> None:
             f"data.name={name} and data.path={path} exclude each other: for your own files "
             "add data=files (or data.name=null), else drop data.path."
         )
+    for key in ("config", "revision"):
+        if getattr(data, key) is not None and data.name in (None, "controlled"):
+            source = f"data.path={data.path}" if data.name is None else "data.name=controlled"
+            expected = f"null with {source}: it belongs to a data set of the hub"
+            raise wrong(f"data.{key}", getattr(data, key), expected, origins)
+    roles: dict[str, str] = {}
+    for role, column in vars(data.columns).items():
+        if column is not None and column in roles:
+            expected = f"another column than data.columns.{roles[column]}"
+            raise wrong(f"data.columns.{role}", column, expected, origins)
+        roles[column] = role
     if data.val_fraction + data.test_fraction >= 1:
         expected = f"less than 1 together with data.test_fraction={data.test_fraction}"
         raise wrong("data.val_fraction", data.val_fraction, expected, origins)

@@ -254,10 +254,10 @@ def test_own_data_with_own_columns(tmp_path):
 
 
 def test_a_method_that_fails_is_kept_as_a_failure_and_the_run_ends_with_3(run_dir, tmp_path, capsys):
-    from transformers import MPNetConfig, MPNetForSequenceClassification
-
     # A family off the attention interface, with a vocabulary that fits: attention methods cannot work on it.
     import shutil
+
+    from transformers import MPNetConfig, MPNetForSequenceClassification
 
     folder = tmp_path / "mpnet"
     shutil.copytree(run_dir / "model", folder)

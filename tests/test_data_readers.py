@@ -2,13 +2,15 @@
 
 import json
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_data_sources import columns
+from test_data_sources import columns, settings
 
 from calig.datamodules.columns import label_column, read_texts, text_column
 from calig.datamodules.readers import read_file, read_local
+from calig.datamodules.sources import load_corpus
 from calig.pipeline.errors import InputError
 
 TABLE = {"text": ["1.0", "2020-01-01", 'he said "no", twice'], "label": ["1", "0", "1"]}
@@ -74,8 +76,83 @@ def test_folder_of_splits(tmp_path):
         read_local(str(tmp_path))
     (tmp_path / "train.csv").unlink()
     (tmp_path / "valid.csv").unlink()
+    assert list(read_local(str(tmp_path))) == ["val", "test"]
     with pytest.raises(InputError, match=r"no training file.*Found: SOURCE.md, dev.jsonl, test.csv"):
+        load_corpus(settings(path=str(tmp_path)), seed=0)
+    (tmp_path / "dev.jsonl").unlink()
+    (tmp_path / "test.csv").unlink()
+    with pytest.raises(InputError, match=r"no train, val or test file.*Found: SOURCE.md"):
         read_local(str(tmp_path))
+
+
+def test_names_that_end_with_the_split_and_parts_of_one_split(tmp_path):
+    for name, text in (("a-train-00001-of-00002", "b"), ("a-train-00000-of-00002", "a"), ("a_b.dev", "c")):
+        pq.write_table(pa.table({"text": [text], "label": [1]}), tmp_path / f"{name}.parquet")
+    write(tmp_path / "dev.csv", "text,label\nexact,1\n")
+    splits = read_local(str(tmp_path))
+    assert splits["train"].values("text") == ["a", "b"] and splits["val"].values("text") == ["exact"]
+    (tmp_path / "a-train-00001-of-00002.parquet").unlink()
+    with pytest.raises(InputError, match=r"1 of the 2 parts of the train split"):
+        read_local(str(tmp_path))
+
+
+CONLLU = """# newdoc id = 7
+# sentiment = good
+# text = Don't stop
+1-2\tDon't\t_\t_\t_\t_\t_\t_\t_\t_
+1\tDo\tdo\t_\t_\t_\t0\t_\t_\t_
+2\tn't\tnot\t_\t_\t_\t1\t_\t_\t_
+3\tstop\tstop\t_\t_\t_\t1\t_\t_\t_
+3.1\tnow\tnow\t_\t_\t_\t_\t_\t_\t_
+
+# sentiment = bad
+1\tNo\tno\t_\t_\t_\t0\t_\t_\t_"""
+
+
+def test_conllu(tmp_path):
+    rows = read_file(write(tmp_path / "x.conllu", CONLLU))
+    assert read_texts(rows, columns()).texts == [["Do", "n't", "stop"], ["No"]]
+    assert rows.values(label_column(rows, None)) == ["good", "bad"] and rows.values("newdoc id") == ["7", None]
+    with pytest.raises(InputError, match=r"x.conllu, line 2, has 2 columns; conllu has 10"):
+        read_file(write(tmp_path / "x.conllu", "# a = b\n1\tword\n"))
+
+
+def test_arrow_files_and_the_class_names_in_them(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    made = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+    made.save_to_disk(tmp_path / "saved")
+    made.to_parquet(tmp_path / "x.parquet")
+    arrow = next((tmp_path / "saved").glob("*.arrow"))
+    for path in (arrow, tmp_path / "x.parquet"):
+        assert plain(read_file(path)) == {"text": ["a", "b", "c"], "label": ["yes", "no", None]}
+    table = pa.table({"text": ["a"]})
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert plain(read_file(tmp_path / "x.arrow")) == {"text": ["a"]}
+    with pytest.raises(InputError, match=r"y.arrow cannot be read"):
+        read_file(write(tmp_path / "y.arrow", "no arrow"))
+
+
+def test_folders_of_save_to_disk(tmp_path):
+    made = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]})
+    made.select([2, 0]).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=made, validation=made.select([1]), extra=made).save_to_disk(tmp_path / "dict")
+    assert {split: rows.values("text") for split, rows in read_local(str(tmp_path / "one")).items()} == {
+        "all": ["c", "a"]
+    }
+    splits = read_local(str(tmp_path / "dict"))
+    assert {split: rows.values("text") for split, rows in splits.items()} == {"train": ["a", "b", "c"], "val": ["b"]}
+    assert "left out: extra" in splits["train"].notes[0]
+    (tmp_path / "dict" / "train" / "state.json").write_text("{}")
+    with pytest.raises(InputError, match=r"looks like a folder of save_to_disk and cannot be read"):
+        read_local(str(tmp_path / "dict"))
+
+
+def test_word_lists_in_csv(tmp_path):
+    rows = read_file(write(tmp_path / "x.csv", 'text,label\n"[""a"", ""b""]",1\n"[""c""]",0\n'))
+    assert read_texts(rows, columns()).texts == [["a", "b"], ["c"]]
+    rows = read_file(write(tmp_path / "x.csv", 'text,label\n"[""a"", ""b""]",1\n["sic],0\n'))
+    assert read_texts(rows, columns()).texts[0] == '["a", "b"]'
 
 
 @pytest.mark.parametrize(
@@ -88,6 +165,8 @@ def test_folder_of_splits(tmp_path):
         ("x.csv", 'text,label\na,1\n"open,0\n', r"x.csv is ragged: row 2"),
         ("x.csv", "text,text\na,1\n", "x.csv has more than one column 'text'"),
         ("x.jsonl", '{"text": "a"}\n{"text": \n', "x.jsonl, line 2, is not valid JSON"),
+        ("x.jsonl", '{"text": "a", "text": "b"}', "x.jsonl has more than one column 'text'"),
+        ("x.parquet", "", "x.parquet is empty"),
         ("x.json", "[1, 2]", r"row 1 of .*x.json is not a JSON object"),
         ("x.txt", "text", r"unknown file type '.txt'.*Options: .csv"),
     ],
@@ -125,6 +204,7 @@ def test_columns_are_found_by_name_or_as_named(tmp_path):
         ({"text": []}, "row 2 of .*missing or empty"),
         ({"text": 3}, "row 2 of .*holds '3' of type int"),
         ({"text": ["a", 3]}, "row 2 of .*type list"),
+        ({"text": "half \ud83d"}, "row 2 of .*half a character"),
     ],
 )
 def test_bad_text_names_the_row(tmp_path, record, message):
@@ -138,7 +218,7 @@ def test_bad_text_names_the_row(tmp_path, record, message):
 def test_rationales_in_every_form(tmp_path, text, marks):
     records = [{"text": text, "rationale": marks}, {"text": "two words", "rationale": None}]
     rows = read_file(write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, records))))
-    texts, _, rationales = read_texts(rows, columns())
+    texts, _, rationales, _ = read_texts(rows, columns())
     assert texts == [["a", "good", "film"], ["two", "words"]]
     assert rationales == [[0, 1, 0], None]
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from test_data_sources import columns, settings
 
+from calig.datamodules.sources import load_corpus
 from calig.datamodules.text import TextDataModule
+from calig.datamodules.tokenization import train_wordpiece
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -44,3 +46,26 @@ def test_amharic_tweets():
     data = TextDataModule(settings(path=str(DATA / "afrisenti_amh"), limit_train=500, limit_val=50, limit_test=50))
     data.setup()
     assert data.label_names == ["negative", "neutral", "positive"]
+
+
+@needs("20newsgroups")
+def test_newsgroups_from_an_archive_per_split():
+    path = str(DATA / "20newsgroups")
+    corpus = load_corpus(settings(path=path), seed=0)
+    assert {split: len(rows) for split, rows in corpus.splits.items()} == {"train": 9051, "val": 2263, "test": 7532}
+    assert len(corpus.label_names) == 20 and corpus.label_names[0] == "alt.atheism" and corpus.notes == []
+    limits = {"limit_train": 100, "limit_val": 10, "limit_test": 10}
+    data = TextDataModule(settings(path=path, max_length=64, **limits), vocab_size=4000)
+    data.setup()
+    cut = data.truncation()["train"]
+    assert cut.truncated > 90 and 0.5 < cut.share < 1
+
+
+@needs("ud_english_ewt")
+def test_treebank_without_labels():
+    tokenizer = train_wordpiece(["the a of and to"], 200, 128)
+    data = TextDataModule(settings(path=str(DATA / "ud_english_ewt")), tokenizer, require_labels=False, split="val")
+    data.setup()
+    assert data.splits == ["val"] and len(data.dataset("val")) == 2001
+    batch = next(iter(data.explain_dataloader("val", 4)))
+    assert "labels" not in batch and (batch["word_ids"].max(dim=1).values > 0).all()

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from calig.datamodules.sources import cut_missing, load_corpus
+from calig.datamodules.sources import load_corpus
+from calig.datamodules.splits import cut_missing
 from calig.pipeline.errors import InputError
 
 
@@ -162,11 +163,15 @@ def test_hub_classes_have_names_and_withheld_labels_leave_the_split_out(monkeypa
     features = datasets.Features({"sentence": datasets.Value("string"), "label": label})
 
     def split(labels):
-        return datasets.Dataset.from_dict({"sentence": ["a text"] * len(labels), "label": labels}, features=features)
+        texts = [f"text {i} of {len(labels)}" for i in range(len(labels))]
+        return datasets.Dataset.from_dict({"sentence": texts, "label": labels}, features=features)
 
     loaded = datasets.DatasetDict(train=split([1, 0] * 10), test=split([-1, -1]))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: loaded)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, revision: asked.append((*name, revision)) or loaded)
     corpus = load_corpus(settings(name="sst2"), seed=0)
     assert corpus.label_names == ["negative", "positive"]
     assert len(corpus.splits["test"]) == 6 and corpus.notes == ["sst2 (test) has no labels: left out"]
     assert {e.sample_id % 2: e.label for e in corpus.splits["train"]} == {0: 1, 1: 0}
+    load_corpus(settings(name="glue", config="sst2", revision="abc"), seed=0)
+    assert asked == [("sst2", None, None), ("glue", "sst2", "abc")]

@@ -81,14 +81,21 @@ def test_explain_loader_is_a_fixed_subset_longest_first(module):
 
 
 def test_report_and_missing_split(tmp_path):
-    rows = [{"text": "word " * (40 if i == 0 else 3), "label": "yes" if i % 4 else "no"} for i in range(1200)]
+    rows = [{"text": f"{i} " + "word " * (40 if i == 0 else 3), "label": "yes" if i % 4 else "no"} for i in range(1200)]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     data = TextDataModule(settings(path=path, val_fraction=0.0, test_fraction=1 / 3), vocab_size=100)
     data.setup()
     counts = [row["labels"] for row in data.dataset("train").rows]
     no = round(100 * counts.count(0) / 800)
+    pieces = [len(data.tokenizer.tokenize(row["text"])) for row in rows]
+    tokens = sum(pieces)
+    cut = pieces[0] - 30  # places beside [CLS] and [SEP]
+    truncation = data.truncation()
+    assert sum(part.tokens for part in truncation.values()) == tokens
+    assert [sum(part[i] for part in truncation.values()) for i in (0, 1, 3)] == [1200, 1, cut]
     assert data.describe() == (
-        f"train 800 · test 400 · 2 classes (no {no} %, yes {100 - no} %) · 1 texts truncated at 32 tokens"
+        f"train 800 · test 400 · 2 classes (no {no} %, yes {100 - no} %) · "
+        f"1 of 1,200 texts truncated at 32 tokens ({cut / tokens:.1%} of all)"
     )
     with pytest.raises(InputError, match=r"there is no val split.*data.val_fraction"):
         data.val_dataloader()

@@ -78,7 +78,7 @@ def test_encode_a_list_of_words(tokenizer):
     assert (row["labels"], row["sample_id"], row["rationale_missed"], row["truncated"]) == (1, 7, 0, False)
     assert set(row) - set(tokenizer.model_input_names) == {
         *("special_tokens_mask", "word_ids", "rationale"),
-        *("rationale_missed", "truncated", "labels", "sample_id"),
+        *("rationale_missed", "truncated", "tokens_cut", "labels", "sample_id"),
     }
     assert row["input_ids"] == tokenizer([*WORDS, "zzz-wonderful"], is_split_into_words=True)["input_ids"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from calig.pipeline.attribution.inside import with_readout_special
 from calig.pipeline.attribution.methods import create_method
 from calig.pipeline.attribution.model import ExplainableModel
-from calig.pipeline.attribution.objective import ClassLogit, Objective, resolve_target
+from calig.pipeline.attribution.objective import ClassLogit, Objective, as_objective, resolve_target
 from calig.pipeline.attribution.result import Attribution
+from calig.pipeline.errors import InputError
 
 
 def attribute(
@@ -20,7 +22,7 @@ def attribute(
     method: str = "ca_lig",
     *,
     target: str | int | list[int] | Tensor | None = None,
-    objective: Objective | None = None,
+    objective: Objective | Callable[[Any], Tensor] | None = None,
     tokenizer: Any = None,
     special_tokens_mask: Tensor | None = None,
     **options: Any,
@@ -35,13 +37,14 @@ def attribute(
         method: One of `available_methods()`.
         target: Class to explain: None or "predicted", "label" (from `batch["labels"]`), an index, one index per
             example (B,), or K per example (B, K).
-        objective: What to explain instead of a class logit; excludes `target`.
+        objective: What to explain instead of a class logit: an `Objective`, or a callable from the model's output to
+            one scalar per row; excludes `target`.
         tokenizer: Names special tokens and the tokens of the `mask` and `unk` baselines.
         special_tokens_mask: (B, T) 1 on special tokens; without it the tokenizer, then the model's config decide.
         **options: Options of the method, for example `steps=16`, `baseline="pad"`, `path="shared"`, `lam=0.5`.
 
     Returns:
-        The attribution; for `target` of shape (B, K) a list of K.
+        The attribution; for `target` of shape (B, K) a list of K, computed one after the other.
 
     Raises:
         InputError: An unknown method or option, or a target or mask that does not fit.
@@ -55,13 +58,17 @@ def attribute(
         result.completeness_gap # (1, L + 1)
     """
     if objective is not None and target is not None:
-        raise ValueError("give either a target or an objective, not both")
+        raise InputError("give either a target or an objective, not both.")
     explainer = create_method(method, options)
-    wrapped = model if isinstance(model, ExplainableModel) else ExplainableModel(model, tokenizer=tokenizer)
+    if isinstance(model, ExplainableModel):
+        other = tokenizer is not None and tokenizer is not model.tokenizer
+        wrapped = model.with_tokenizer(tokenizer) if other else model
+    else:
+        wrapped = ExplainableModel(model, tokenizer=tokenizer)
     with wrapped.session():
         inputs = wrapped.prepare(batch, special_tokens_mask)
         if objective is not None:
-            goals: list[Objective] = [objective]
+            goals: list[Objective] = [as_objective(objective, len(inputs))]
         else:
             labels = batch.get("labels")
             indices = resolve_target(target, wrapped.logits(inputs), labels)

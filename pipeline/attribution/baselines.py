@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calig.pipeline.attribution.methods.base import Baseline
 from calig.pipeline.attribution.model import ExplainableModel, Inputs, Trace, UnsupportedModelError
@@ -38,29 +38,47 @@ def baseline_trace(model: ExplainableModel, inputs: Inputs, rows: Tensor, baseli
             raise UnsupportedModelError(f"'{model.structure.family}' has no word embedding to put a baseline into.")
         row = _embedding_row(model, baseline)
 
+        used = False
+
         def replace(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            nonlocal used
+            used = True
             return torch.where(content[..., None], row.to(output.dtype), output)
 
         handle = embedding.register_forward_hook(replace)
         try:
-            return model.trace(batch)
+            trace = model.trace(batch)
         finally:
             handle.remove()
+        if not used:
+            # Else the baseline would be the input, and every score 0 without a word.
+            raise UnsupportedModelError(
+                f"the word embedding of '{model.structure.family}' ({type(embedding).__name__}) does not run in its "
+                f"forward pass, so the baseline '{baseline}' cannot be put there; take baseline='zero'."
+            )
+        return trace
 
 
 def _embedding_row(model: ExplainableModel, baseline: Baseline) -> Tensor:
-    weight: Tensor = model.structure.embedding.weight  # type: ignore[union-attr,assignment]
+    embedding = model.structure.embedding
+    assert embedding is not None  # the caller checked
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
     if baseline == "mean":
-        return weight.mean(dim=0)
+        return _mean_row(embedding, weight)
     token = getattr(model.tokenizer, f"{baseline}_token_id", None)
     if token is None and baseline == "pad":
         token = getattr(model.structure.config, "pad_token_id", None)
         if token is None:
-            return weight.mean(dim=0)
+            return _mean_row(embedding, weight)
     if token is None:
         raise InputError(
             f"baseline '{baseline}' needs a tokenizer with a {baseline} token; pass `tokenizer=` or take 'mean'."
         )
-    # A model may embed through more than a look-up (a scale, say): let its own module embed the token.
-    ids = torch.tensor([[token]], device=weight.device)
-    return model.structure.embedding(ids)[0, 0]  # type: ignore[misc]
+    # A model may embed through more than a look-up (a scale, an adapter): let its own module embed the token.
+    return embedding(torch.tensor([[token]], device=weight.device))[0, 0]
+
+
+def _mean_row(embedding: nn.Module, weight: Tensor) -> Tensor:
+    if type(embedding) is nn.Embedding:
+        return weight.mean(dim=0)
+    return embedding(torch.arange(weight.shape[0], device=weight.device)[None])[0].mean(dim=0)

@@ -51,9 +51,9 @@ def build_attribution(
         gap = relative_gap(integral.evidence, output_change)
         bound = integral.error_bound
         steps = integral.steps_used
-        converged = ((gap if bound is None else bound).amax(dim=1) <= method.options.tolerance).cpu()
+        converged = (gap if bound is None else bound).amax(dim=1) <= method.options.tolerance
     return Attribution(
-        scores=torch.where(mask, scores, 0.0),
+        scores=torch.where(mask.to(scores.device), scores, 0.0),
         layer_scores=None if layer_scores is None else torch.where(mask[:, None], layer_scores, 0.0),
         flow=flow,
         target=objective.target,

@@ -29,7 +29,7 @@ class Ends:
     Attributes:
         origin: b^l, (B, T, D) each, for the layers kept (None elsewhere).
         end: z^l likewise.
-        output_change: (B,) f(x) - f(x') in float64.
+        output_change: (B,) f(x) - f(x') in float64, on the host.
         readout: (B, T) read-out weights w of x.
     """
 
@@ -49,17 +49,28 @@ def readout_weights(gradient: Tensor, mask: Tensor) -> Tensor:
         gradient: (B, T, D) of the objective with respect to z^L.
         mask: (B, T) true on real positions.
 
+    Returns:
+        (B, T), rows summing to 1. Not a number where the gradient is not finite or vanishes (a saturated head): what is
+        computed from it is then not finite either, and the sample is named.
+
     Raises:
-        UnsupportedModelError: The objective does not depend on the last block's output.
+        UnsupportedModelError: No example depends on the last block's output.
     """
-    seen = (gradient.abs().sum(dim=-1) > 0) & mask
+    gradient = torch.where(mask[..., None], gradient, 0.0)
+    seen = gradient.abs().sum(dim=-1) > 0
     count = seen.sum(dim=1, keepdim=True)
-    if (count == 0).any():
+    finite = gradient.isfinite().flatten(1).all(dim=1, keepdim=True)
+    if not finite.any():
+        raise UnsupportedModelError(
+            "the gradient of the objective is not finite: the model's output or weights hold NaN or infinity. Was the "
+            "training stable? A lower learning rate, or float32 instead of float16, usually mends it."
+        )
+    if (count == 0).all():
         raise UnsupportedModelError(
             "the objective does not depend on the last block's output, so nothing can be attributed through the "
-            "blocks; is the head connected to them, and are its weights finite and not all zero?"
+            "blocks; is the head connected to them, and are its weights not all zero?"
         )
-    return seen.to(gradient.dtype) / count
+    return torch.where(finite & (count > 0), seen.to(gradient.dtype) / count.clamp_min(1), torch.nan)
 
 
 def find_ends(
@@ -85,7 +96,7 @@ def find_ends(
         (gradient,) = torch.autograd.grad(value.sum(), [last])
         readouts.append(readout_weights(gradient, inputs.mask[rows]))
         other = baseline_trace(model, inputs, rows, baseline)
-        changes.append(value.detach().double() - objective(other.output, rows).double())
+        changes.append(value.detach().cpu().double() - objective(other.output, rows).cpu().double())
         kept = range(model.depth + 1) if layers is None else layers
         ends.append([state.detach() for k in kept if (state := trace.states[k]) is not None])
         origins.append([state for k in kept if (state := other.states[k]) is not None])
@@ -126,7 +137,7 @@ def layer_evidence(
         quadrature: Rule of the straight path at a fixed number of nodes; Gauss-Legendre if None.
 
     Returns:
-        Evidence of shape (B, len(layers), T) in float64, zero at padding.
+        Evidence of shape (B, len(layers), T) in float64 on the host, zero at padding.
     """
 
     def line(start: int, watched: list[int]) -> LayerPath:
@@ -147,10 +158,10 @@ def layer_evidence(
         else integrate_fixed(line(layer, [layer]), steps, quadrature or "gauss-legendre")
         for layer in layers
     ]
-    evidence = torch.cat([part.evidence.double() for part in parts], dim=1)
+    evidence = torch.cat([part.evidence for part in parts], dim=1)
     bounds = [part.error_bound for part in parts if part.error_bound is not None]
     return Integral(
-        torch.where(inputs.mask[:, None], evidence, 0.0),
+        torch.where(inputs.mask[:, None].cpu(), evidence, 0.0),
         torch.cat(bounds, dim=1) if bounds else None,
         torch.stack([part.steps_used for part in parts]).amax(dim=0),
     )

@@ -7,6 +7,7 @@ H heads, L blocks.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from calig.pipeline.attribution.attention import recorded_attention, uses_attention_interface
 from calig.pipeline.attribution.structure import Structure, UnsupportedModelError, find_structure
+from calig.pipeline.attribution.wrapping import refuse_prompt_tuning, suspended, unwrap
 from calig.pipeline.errors import InputError
 
 __all__ = ["ExplainableModel", "Inputs", "Trace", "UnsupportedModelError"]
@@ -70,7 +72,8 @@ class Trace:
 
 def forward_inputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a batch that a model's forward takes, without the labels (a loss is nobody's business here)."""
-    parameters = inspect.signature(module.forward).parameters
+    # A wrapper's signature (PEFT's, say) leaves out what it hands through.
+    parameters = inspect.signature(unwrap(module).forward).parameters
     names = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     # A forward that is nothing but *args, **kwargs says nothing about what it takes.
     takes_all = not names - {"args", "self"}
@@ -82,22 +85,25 @@ class ExplainableModel:
 
     Args:
         model: A Hugging Face model, or any module whose blocks are an `nn.ModuleList` of one type and take the states
-            as their first argument.
+            as their first argument. Wrappers around it (DistributedDataParallel, torch.compile, PEFT) are looked
+            through, compiled and checkpointed parts run plainly while it is explained.
         tokenizer: Names the special tokens and the `mask` and `unk` baselines; optional.
         max_tokens: Rows times tokens of one internal pass: the memory budget. Does not change results.
 
     Raises:
-        UnsupportedModelError: The blocks cannot be found.
+        UnsupportedModelError: The blocks cannot be found, or an adapter adds positions to the input.
     """
 
     def __init__(self, model: nn.Module, *, tokenizer: Any = None, max_tokens: int = 8192) -> None:
-        self.module = model
+        refuse_prompt_tuning(model)
+        self.module = unwrap(model)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.structure: Structure = find_structure(model)
+        self.structure: Structure = find_structure(self.module)
         self._depth: int | None = None
         self._returns_tuple = False
         self._has_interface: bool | None = None
+        self._warned_of_left_padding = False
 
     @property
     def device(self) -> torch.device:
@@ -113,13 +119,13 @@ class ExplainableModel:
 
     @contextmanager
     def evaluation(self) -> Iterator[ExplainableModel]:
-        """Evaluation mode with autocast off; every flag is back afterwards, also after an exception."""
+        """Evaluation mode, nothing compiled or checkpointed, autocast off; all is back afterwards, also on failure."""
         training = [module for module in self.module.modules() if module.training]
         try:
             # Flags are set one by one: `.eval()` and `.train()` may be overridden and do more than set flags.
             for module in training:
                 module.training = False
-            with torch.autocast(self.device.type, enabled=False):
+            with suspended(self.module), torch.autocast(self.device.type, enabled=False):
                 yield self
         finally:
             for module in training:
@@ -130,6 +136,10 @@ class ExplainableModel:
         """What the engine works in: `evaluation`, with gradients on, also under `no_grad` and `inference_mode`."""
         with self.evaluation(), torch.inference_mode(False), torch.enable_grad():
             yield self
+
+    def with_tokenizer(self, tokenizer: Any) -> ExplainableModel:
+        """The same live model with another tokenizer."""
+        return ExplainableModel(self.module, tokenizer=tokenizer, max_tokens=self.max_tokens)
 
     # ------------------------------------------------------------------------------------------------ inputs
 
@@ -150,13 +160,22 @@ class ExplainableModel:
         ids = kept.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             raise InputError(f"the batch needs `input_ids` of shape (B, T); it has {sorted(batch)}.")
-        mask = kept["attention_mask"].bool() if "attention_mask" in kept else torch.ones_like(ids, dtype=torch.bool)
+        pad = getattr(self.structure.config, "pad_token_id", None)
+        mask = kept.get("attention_mask", torch.ones_like(ids)).bool()
         if mask.shape != ids.shape:
             raise InputError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}.")
+        if (~mask[:, 0] & mask.any(dim=1)).any() and not self._warned_of_left_padding:
+            self._warned_of_left_padding = True
+            warnings.warn(
+                f"the batch is padded on the left. Attributions of '{self.structure.family}' then only mean something "
+                "if its logits do not depend on the side; else set tokenizer.padding_side = 'right'.",
+                stacklevel=3,
+            )
         if special_tokens_mask is None:
             special_tokens_mask = batch.get("special_tokens_mask")
         if special_tokens_mask is None:
-            special = torch.isin(ids, torch.tensor(self._special_ids(), device=ids.device, dtype=ids.dtype))
+            known = [*self._special_ids(), *([pad] if isinstance(pad, int) else [])]
+            special = torch.isin(ids, torch.tensor(known, device=ids.device, dtype=ids.dtype))
         else:
             special = special_tokens_mask.detach().clone().to(ids.device).bool()
             if special.shape != ids.shape:
@@ -172,8 +191,11 @@ class ExplainableModel:
         if self.tokenizer is not None:
             return list(self.tokenizer.all_special_ids)
         config = self.structure.config
-        ids = [getattr(config, f"{name}_token_id", None) for name in ("cls", "sep", "bos", "eos")]
-        return [token for token in ids if isinstance(token, int)]
+        found: list[int] = []
+        for name in ("cls", "sep", "bos", "eos"):
+            token = getattr(config, f"{name}_token_id", None)
+            found += token if isinstance(token, list) else [token] if isinstance(token, int) else []
+        return found
 
     # ---------------------------------------------------------------------------------------------- passes
 

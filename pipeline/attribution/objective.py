@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,6 +47,35 @@ class ClassLogit:
         """Read the logit of each row's class; see `Objective`."""
         logits = logits_of(output)
         return logits.gather(1, self.target.to(logits.device)[rows, None]).squeeze(1)
+
+
+@dataclass(frozen=True)
+class OutputFunction:
+    """An objective made from any callable on the model's output; its `target` is 0 for every example.
+
+    Attributes:
+        function: Maps the output for N rows to (N,).
+        target: (B,) zeros.
+    """
+
+    function: Callable[[Any], Tensor]
+    target: Tensor
+
+    def __call__(self, output: Any, rows: Tensor) -> Tensor:
+        """Apply the function; see `Objective`."""
+        value = self.function(output)
+        if value.shape != rows.shape:
+            raise InputError(
+                f"the objective returned shape {tuple(value.shape)}; expected one scalar per row, {len(rows)}."
+            )
+        return value
+
+
+def as_objective(objective: Objective | Callable[[Any], Tensor], batch: int) -> Objective:
+    """Take an `Objective` as it is, and wrap a plain callable."""
+    if hasattr(objective, "target"):
+        return objective
+    return OutputFunction(objective, torch.zeros(batch, dtype=torch.long))  # type: ignore[arg-type]
 
 
 def logits_of(output: Any) -> Tensor:

@@ -19,7 +19,7 @@ class Nodes:
     """What a path knows at P of its nodes.
 
     Attributes:
-        value: (P,) the objective, in float64.
+        value: (P,) the objective, in float64 on the host.
         states: (P, K, T, D) the states of the path's layers.
         gradients: (P, K, T, D) gradients of the objective with respect to them.
     """
@@ -66,20 +66,19 @@ class LayerPath:
 
         Args:
             rows: (P,) example of each node.
-            positions: (P,) a in [0, 1] of each node, in float64.
+            positions: (P,) a in [0, 1] of each node, in float64; both on the host.
         """
         values, states, gradients = [], [], []
-        order = torch.arange(len(rows), device=rows.device)
-        for part in self.model.chunks(order, self.end.shape[1]):
-            chosen = rows[part]
+        for part in self.model.chunks(torch.arange(len(rows)), self.end.shape[1]):
+            chosen = rows[part].to(self.end.device)
             line = self.end[chosen] - self.origin[chosen]
-            state = self.origin[chosen] + positions[part].to(line.dtype)[:, None, None] * line
+            state = self.origin[chosen] + positions[part].to(line)[:, None, None] * line
             trace = self.model.trace(self.inputs.select(chosen), start=self.start, state=state.requires_grad_())
             value = self.objective(trace.output, chosen)
             wanted = [self._recorded(trace.states[layer]) for layer in self.layers]
             # Rows do not touch each other, so one backward of the sum gives every row its own gradient.
             grads = torch.autograd.grad(value.sum(), wanted)
-            values.append(value.detach().double())
+            values.append(value.detach().cpu().double())  # on the host: not every device has float64
             states.append(torch.stack([item.detach() for item in wanted], dim=1))
             gradients.append(torch.stack(grads, dim=1))
         return Nodes(torch.cat(values), torch.cat(states), torch.cat(gradients))

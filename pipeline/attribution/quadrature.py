@@ -25,7 +25,7 @@ class Integral:
     """An integrated path.
 
     Attributes:
-        evidence: (B, K, T) relevance of every token at every layer of the path.
+        evidence: (B, K, T) relevance of every token at every layer of the path; like the others on the host.
         error_bound: (B, K) bound on the error of each layer's sum, relative to max(|f(x) - f(x')|, 1e-3); None for
             rules whose nodes do not include the ends of their intervals.
         steps_used: (B,) nodes.
@@ -43,27 +43,26 @@ def scale_of(output_change: Tensor) -> Tensor:
 
 def relative_gap(evidence: Tensor, output_change: Tensor) -> Tensor:
     """The completeness gap (METHODS 1.1): (B, K) from evidence (B, K, T) and output_change (B,)."""
-    change = output_change.double()[:, None]
-    return (evidence.double().sum(dim=-1) - change).abs() / scale_of(change)
+    change = output_change.cpu().double()[:, None]
+    return (evidence.cpu().double().sum(dim=-1) - change).abs() / scale_of(change)
 
 
 def integrate_fixed(path: LayerPath, nodes: int, rule: Rule) -> Integral:
     """Integrate the straight path at one layer with a fixed rule over the line itself."""
     if rule == "trapezoid":
         return integrate_secant(path, nodes=nodes, tolerance=math.inf, max_nodes=nodes)
-    device = path.end.device
     positions, weights = _nodes(rule, nodes)
     line = path.end - path.origin
     mean = torch.zeros_like(line)
     batch = line.shape[0]
-    rows = torch.arange(batch, device=device)
+    rows = torch.arange(batch)
     # Node by node over the whole batch, or several nodes at once where the budget has room for them.
     per_pass = max(1, path.model.max_tokens // max(1, batch * line.shape[1]))
     for part in torch.arange(nodes).split(per_pass):
-        found = path.evaluate(rows.repeat(len(part)), positions[part].to(device).repeat_interleave(batch))
+        found = path.evaluate(rows.repeat(len(part)), positions[part].repeat_interleave(batch))
         gradients = found.gradients[:, 0].unflatten(0, (len(part), batch))
         mean += torch.einsum("k,kbtd->btd", weights[part].to(mean), gradients)
-    evidence = (mean * line).sum(dim=-1)[:, None]
+    evidence = (mean * line).sum(dim=-1)[:, None].cpu().double()
     return Integral(evidence, None, torch.full((batch,), nodes))
 
 
@@ -93,10 +92,7 @@ def integrate_secant(path: LayerPath, *, nodes: int, tolerance: float, max_nodes
     batch, tokens, width = path.end.shape
     per_example = 2 * max_nodes * len(path.layers) * tokens * width
     group = max(1, _CACHE_FLOATS // per_example)
-    parts = [
-        _Refinement(path, rows, nodes, tolerance, max_nodes).run()
-        for rows in torch.arange(batch, device=path.end.device).split(group)
-    ]
+    parts = [_Refinement(path, rows, nodes, tolerance, max_nodes).run() for rows in torch.arange(batch).split(group)]
     bounds = [part.error_bound for part in parts if part.error_bound is not None]
     return Integral(
         torch.cat([part.evidence for part in parts]), torch.cat(bounds), torch.cat([part.steps_used for part in parts])
@@ -107,18 +103,19 @@ class _Refinement:
     """The paths of one group of examples while they are refined together.
 
     Nodes and intervals of all examples lie in flat tables; `owner` says whose they are. Which intervals an example
-    splits depends on its own errors only.
+    splits depends on its own errors only. States and gradients stay on the model's device, everything else is on the
+    host in float64.
     """
 
     def __init__(self, path: LayerPath, rows: Tensor, nodes: int, tolerance: float, max_nodes: int) -> None:
         self.path, self.rows, self.tolerance, self.max_nodes = path, rows, tolerance, max_nodes
-        count, device = len(rows), rows.device
-        grid = torch.linspace(0, 1, nodes, dtype=torch.float64, device=device)
-        self.owner = torch.arange(count, device=device).repeat_interleave(nodes)
+        count = len(rows)
+        grid = torch.linspace(0, 1, nodes, dtype=torch.float64)
+        self.owner = torch.arange(count).repeat_interleave(nodes)
         self.position = grid.repeat(count)
         found = path.evaluate(rows[self.owner], self.position)
         self.value, self.states, self.gradients = found.value, found.states, found.gradients
-        ends = torch.arange(count * nodes, device=device).view(count, nodes)
+        ends = torch.arange(count * nodes).view(count, nodes)
         # (intervals, 2): the two nodes of each interval.
         self.intervals = torch.stack([ends[:, :-1], ends[:, 1:]], dim=-1).flatten(0, 1)
         self.parts, self.errors = self._measure(self.intervals)
@@ -128,14 +125,17 @@ class _Refinement:
     def _measure(self, intervals: Tensor) -> tuple[Tensor, Tensor]:
         """Each interval's relevance (I, K, T) and the error of its sum (I, K)."""
         a, b = intervals.T
-        mask = self.path.inputs.mask[self.rows[self.owner[a]], None]
-        mean = (self.gradients[a] + self.gradients[b]) / 2
-        part = torch.where(mask, (mean * (self.states[b] - self.states[a])).sum(dim=-1), 0.0).double()
+        mask = self.path.inputs.mask
+        real = mask[self.rows[self.owner[a]].to(mask.device), None]
+        x, y = a.to(mask.device), b.to(mask.device)
+        mean = (self.gradients[x] + self.gradients[y]) / 2
+        steps = (mean * (self.states[y] - self.states[x])).sum(dim=-1)
+        part = torch.where(real, steps, 0.0).cpu().double()
         return part, (part.sum(dim=-1) - (self.value[b] - self.value[a])[:, None]).abs()
 
     def _bound(self) -> Tensor:
         """(examples, K) summed absolute errors."""
-        total = torch.zeros(len(self.rows), self.errors.shape[1], dtype=torch.float64, device=self.errors.device)
+        total = torch.zeros(len(self.rows), self.errors.shape[1], dtype=torch.float64)
         return total.index_add_(0, self.owner[self.intervals[:, 0]], self.errors)
 
     def run(self) -> Integral:
@@ -143,11 +143,11 @@ class _Refinement:
             chosen = self._worst()
             if not chosen:
                 break
-            self._split(torch.tensor(chosen, device=self.rows.device))
+            self._split(torch.tensor(chosen))
         owner = self.owner[self.intervals[:, 0]]
-        evidence = torch.zeros(len(self.rows), *self.parts.shape[1:], dtype=torch.float64, device=owner.device)
+        evidence = torch.zeros(len(self.rows), *self.parts.shape[1:], dtype=torch.float64)
         evidence.index_add_(0, owner, self.parts)
-        used = torch.bincount(self.owner, minlength=len(self.rows)).cpu()
+        used = torch.bincount(self.owner, minlength=len(self.rows))
         return Integral(evidence, self._bound() / self.scale[:, None], used)
 
     def _worst(self) -> list[int]:
@@ -167,7 +167,11 @@ class _Refinement:
             room = self.max_nodes - counts[example]
             if bound[example] <= limit or room <= 0:
                 continue
-            ranked = sorted(mine[example], key=lambda k: (-errors[k], k))
+            # Errors that differ by rounding alone must not change the order from one batch to another: they are
+            # ranked by quarter powers of two, and then by their place on the path.
+            starts = self.position[self.intervals[mine[example], 0]].tolist()
+            place = dict(zip(mine[example], starts, strict=True))
+            ranked = sorted(mine[example], key=lambda k: (-round(4 * math.log2(max(errors[k], 1e-30))), place[k]))
             rest = sum(errors[k] for k in ranked)
             for interval in ranked[:room]:
                 chosen.append(interval)
@@ -180,14 +184,14 @@ class _Refinement:
         a, b = self.intervals[chosen].T
         position, owner = (self.position[a] + self.position[b]) / 2, self.owner[a]
         found = self.path.evaluate(self.rows[owner], position)
-        middle = torch.arange(len(self.owner), len(self.owner) + len(chosen), device=chosen.device)
+        middle = torch.arange(len(self.owner), len(self.owner) + len(chosen))
         self.owner, self.position = torch.cat([self.owner, owner]), torch.cat([self.position, position])
         self.value = torch.cat([self.value, found.value])
         self.states = torch.cat([self.states, found.states])
         self.gradients = torch.cat([self.gradients, found.gradients])
         halves = torch.cat([torch.stack([a, middle], dim=1), torch.stack([middle, b], dim=1)])
         parts, errors = self._measure(halves)
-        keep = torch.ones(len(self.intervals), dtype=torch.bool, device=chosen.device)
+        keep = torch.ones(len(self.intervals), dtype=torch.bool)
         keep[chosen] = False
         self.intervals = torch.cat([self.intervals[keep], halves])
         self.parts, self.errors = torch.cat([self.parts[keep], parts]), torch.cat([self.errors[keep], errors])

@@ -8,9 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-
-class UnsupportedModelError(ValueError):
-    """The engine cannot work on this model; the message says what was looked for and what does work."""
+from calig.pipeline.attribution.wrapping import UnsupportedModelError, unwrap
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ def find_structure(model: nn.Module) -> Structure:
     best: nn.ModuleList | None = None
     best_size = 0
     for module in model.modules():
-        if not isinstance(module, nn.ModuleList) or len({type(item) for item in module}) != 1:
+        # A block may be compiled on its own.
+        if not isinstance(module, nn.ModuleList) or len({type(unwrap(item)) for item in module}) != 1:
             continue
         size = sum(parameter.numel() for parameter in module.parameters())
         # On a tie the inner list wins: a list that only wraps another one is not the stack.
@@ -58,7 +57,7 @@ def find_structure(model: nn.Module) -> Structure:
         raise UnsupportedModelError(
             f"no stack of blocks was found in '{family}': looked for an nn.ModuleList whose elements are of one type."
         )
-    return Structure(tuple(best), _word_embedding(model, host), host, family)
+    return Structure(tuple(unwrap(item) for item in best), _word_embedding(model, host), host, family)
 
 
 def _word_embedding(model: nn.Module, host: PreTrainedModel | None) -> nn.Module | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-
-from markupsafe import Markup, escape
+from html import escape
 
 from calig.pipeline.render.labels import Metric, metric, number
 from calig.pipeline.render.rows import MetricRow
@@ -35,9 +34,9 @@ class Line:
     primary: bool = False
 
     @property
-    def html(self) -> Markup:
+    def html(self) -> str:
         """The name, escaped, with places to break after its underscores."""
-        return escape(self.name).replace("_", Markup("_<wbr>"))
+        return escape(self.name).replace("_", "_<wbr>")
 
 
 @dataclass(frozen=True)

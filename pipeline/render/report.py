@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
 
 from calig.pipeline.render.curves import curve_panels
 from calig.pipeline.render.labels import metric, number
@@ -50,7 +49,8 @@ class StaticSample:
     prediction: str
     label: str | None
     probability: str
-    html: Markup
+    html: str
+    """Trusted markup: every text in it is escaped."""
     gap: str
     converged: bool
 
@@ -97,10 +97,10 @@ def _render(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence
         total=len(data.samples),
         explained=len(data.samples) if data.explained is None else data.explained,
         static=[_static_sample(sample, primary, data.label_names) for sample in samples[:STATIC_SAMPLES]],
-        legend=Markup(legend_html(1.0).replace("−1 ", "").replace(" +1 ", " ")),
-        payload=Markup(script_json(page_data(data, samples, layer_methods))),
-        css=Markup(_source("report.css")),
-        script=Markup("\n".join(_source(name) for name in _SCRIPTS)),
+        legend=legend_html(1.0).replace("−1 ", "").replace(" +1 ", " "),
+        payload=script_json(page_data(data, samples, layer_methods)),
+        css=_source("report.css"),
+        script="\n".join(_source(name) for name in _SCRIPTS),
         number=number,
     )
 
@@ -135,7 +135,7 @@ def _static_sample(sample: Sample, primary: str, names: Sequence[str]) -> Static
         prediction=_class_name(sample.prediction, names),
         label=_class_name(sample.label, names) if sample.label is not None and labelled else None,
         probability=number(sample.probability),
-        html=Markup(word_spans(words, rationale=sample.rationale)),
+        html=word_spans(words, rationale=sample.rationale),
         gap=number(row.completeness_gap if row else None, "completeness_gap"),
         converged=row is None or row.converged,
     )

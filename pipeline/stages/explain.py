@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from calig.pipeline.directory import RunDirectory
 from calig.pipeline.explainer import scalar_key
 from calig.pipeline.metrics import Summary, summarise
-from calig.pipeline.records import read_lines, read_rows
+from calig.pipeline.records import atomic_write, read_rows, shards
 from calig.pipeline.run import RunContext
 from calig.pipeline.stages.fit import lower_is_better
 
@@ -17,37 +19,33 @@ SHOWN = {"token_f1": "token_f1", "auprc": "auprc", "comprehensiveness": "compreh
 def run_stage(context: RunContext) -> None:
     """Explain the chosen samples that are not explained yet, and summarise."""
     from calig.callbacks import ExplanationWriter
-    from calig.pipeline.explainer import Explainer, ExplainSettings, settings_for
 
     config, directory = context.config.explain, context.directory
-    data, module = context.data, context.module
-    shared = {"steps": config.steps, "tolerance": config.tolerance, "max_steps": config.max_steps}
-    settings = ExplainSettings(
-        settings_for(config.methods, config.options, shared),
-        target=config.target,
-        operators=[config.operator] if isinstance(config.operator, str) else config.operator,
-        strict=config.strict,
-        seed=context.config.seed,
-    )
-    explainer = Explainer(module.model, data.tokenizer, settings)
-    metadata = {"label_names": data.label_names, "methods": dict(settings.methods), "split": config.split}
+    data, module, explainer = context.data, context.module, context.explainer
+    methods = dict(explainer.settings.methods)
+    metadata = {"label_names": data.label_names, "methods": methods, "split": config.split}
     writer = ExplanationWriter(explainer, directory.path, metadata)
     done = {row["sample_id"] for row in read_rows(directory / "explanations", columns=["sample_id"])}
+    if context.is_main:
+        drop_unfinished(directory, done)
     loader = data.explain_dataloader(
         config.split, config.num_samples, config.batch_size, context.config.seed, exclude=done
     )
     trainer = context.trainer
-    if len(loader.dataset):  # type: ignore[arg-type]
+    left = len(loader.dataset)  # type: ignore[arg-type]
+    if left >= trainer.world_size:
         trainer.callbacks.append(writer)  # type: ignore[attr-defined]
         try:
             trainer.predict(module, dataloaders=loader, return_predictions=False)
         finally:
             trainer.callbacks.remove(writer)  # type: ignore[attr-defined]
+    elif context.is_main:
+        # Lightning's exact sampler wants a sample per process; what is left fits into one.
+        writer.write_all(loader)
     trainer.strategy.barrier("explanations written")
-    failures = read_lines(directory / "failures.jsonl")
-    context.failed = len(failures)
     if not context.is_main:
         return
+    failures = directory.failures
     summaries = summarise(read_rows(directory / "metrics"), seed=context.config.seed)
     worst: dict[str, float] = {}
     for row in read_rows(directory / "explanations", columns=["method", "completeness_gap"]):
@@ -56,6 +54,21 @@ def run_stage(context: RunContext) -> None:
             worst[key] = max(worst.get(key, 0.0), row["completeness_gap"])
     context.log(scalars(summaries, config.methods, failures) | worst)
     show(context, summaries, config.methods)
+
+
+def drop_unfinished(directory: RunDirectory, done: set[int]) -> None:
+    """Drop what a broken-off session wrote of samples that it did not finish; they are explained again.
+
+    Metrics are written just before the explanations of the same shard, and a sample is done once its explanations are
+    there.
+    """
+    for path in shards(directory / "metrics"):
+        if not (directory / "explanations" / path.name).exists():
+            path.unlink()
+    file = directory / "failures.jsonl"
+    if file.exists():
+        kept = [row for row in directory.failures if row["sample_id"] in done]
+        atomic_write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def scalars(
@@ -70,6 +83,8 @@ def scalars(
             continue
         key = scalar_key("explain", method, control, metric)
         values |= {key: summary.mean, f"{key}/low": summary.low, f"{key}/high": summary.high}
+        if summary.n_skipped:
+            values[f"{key}/n_skipped"] = float(summary.n_skipped)
     return values
 
 

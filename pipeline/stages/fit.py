@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import csv
+import math
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from calig.pipeline.loggers import logged_rows
 from calig.pipeline.run import RunContext
 
 
@@ -19,7 +23,7 @@ def run_stage(context: RunContext) -> None:
     data = context.data
     module = context.module
     monitor = config.model.monitor
-    mode = "min" if monitor.endswith(("loss", "gap", "sufficiency")) else "max"
+    mode = "min" if lower_is_better(monitor) else "max"
     checkpoint = ModelCheckpoint(
         directory / "checkpoints", "best-{epoch:02d}", monitor=monitor, mode=mode, save_last=True, verbose=False
     )
@@ -45,15 +49,18 @@ def run_stage(context: RunContext) -> None:
     vars(context).pop("trainer", None)
     trainer = context.trainer
     last = directory / "checkpoints" / "last.ckpt"
-    # Data the run has read and tokenised already: loaders, not the module, so that Lightning does not set it up again.
-    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
     if checkpoint.best_model_path:
         load_checkpoint(module.model, checkpoint.best_model_path)
+    values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    if diverged := [key for key, value in values.items() if not math.isfinite(value)]:
+        raise RuntimeError(
+            f"the training diverged: {', '.join(diverged)} is not finite, so nothing was saved as a model. Lower "
+            f"model.lr (now {config.model.lr:g}), or set trainer.gradient_clip_val=1."
+        )
     if context.is_main:
-        module.model.save_pretrained(directory / "model")
-        data.tokenizer.save_pretrained(directory / "model")
-        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        directory.add_summary(values | best_values(directory / "metrics.csv"))
+        save_model(module.model, data.tokenizer, directory / "model")
+        directory.add_summary(values | best_values(logged_rows(directory.path)))
         score = checkpoint.best_model_score
         epoch = trainer.current_epoch
         best = f"best {monitor} {float(score):.4f}, " if score is not None else ""
@@ -61,20 +68,29 @@ def run_stage(context: RunContext) -> None:
     trainer.strategy.barrier("model saved")
 
 
-def best_values(path: Path) -> dict[str, float]:
-    """The best value of every scalar in metrics.csv, under `<key>/best`."""
-    if not path.exists():
-        return {}
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save a Hugging Face folder whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def best_values(rows: Iterable[Mapping[str, str]]) -> dict[str, float]:
+    """The best value of every scalar in the rows of metrics.csv, under `<key>/best`."""
     best: dict[str, float] = {}
-    with path.open(encoding="utf8") as stream:
-        for row in csv.DictReader(stream):
-            for key, text in row.items():
-                if not text or key in ("epoch", "step"):
-                    continue
-                value = float(text)
-                choose = min if lower_is_better(key) else max
-                name = f"{key}/best"
-                best[name] = choose(best[name], value) if name in best else value
+    for row in rows:
+        for key, text in row.items():
+            if not text or key in ("epoch", "step"):
+                continue
+            value = float(text)
+            if not math.isfinite(value):
+                continue
+            choose = min if lower_is_better(key) else max
+            name = f"{key}/best"
+            best[name] = choose(best[name], value) if name in best else value
     return best
 
 

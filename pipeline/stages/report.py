@@ -7,13 +7,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from calig.pipeline.directory import RunDirectory
 from calig.pipeline.errors import InputError
 from calig.pipeline.loading import learning_curves, rationale_by_word
 from calig.pipeline.metrics import metric_key, summarise
-from calig.pipeline.records import atomic_write, read_lines, read_rows, shards, table_metadata
+from calig.pipeline.records import atomic_write, read_rows, shards, table_metadata
 from calig.pipeline.render.report import render_report
 from calig.pipeline.render.rows import MetricRow, ReportData, Sample, SampleExplanation
-from calig.pipeline.run import RunContext, RunDirectory
+from calig.pipeline.run import RunContext
 
 MAX_SAMPLES = 100
 _CURVES = ("train/loss", "val/loss", "val/accuracy")
@@ -75,7 +76,7 @@ def collect(directory: RunDirectory) -> ReportData:
         explained=len({row["sample_id"] for row in read_rows(directory / "explanations", columns=["sample_id"])}),
         label_names=label_names,
         primary_method=config.explain.methods[0],
-        failures=read_lines(directory / "failures.jsonl"),
+        failures=directory.failures,
     )
 
 

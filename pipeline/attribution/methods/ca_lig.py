@@ -81,7 +81,7 @@ class CALIG(AttributionMethod):
             tolerance=options.tolerance,
             max_steps=options.max_steps,
         )
-        evidence = integral.evidence.to(gradients[0].dtype)
+        evidence = integral.evidence.to(gradients[0].dtype).to(gradients[0].device)
         flow = None
         if options.fusion == "late":
             layers = rollout.fuse_late(evidence, gradients, readout, lam=options.lam)

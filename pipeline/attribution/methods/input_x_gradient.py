@@ -34,7 +34,6 @@ class InputXGradient(AttributionMethod):
         embedded = ends.end[0]
         assert embedded is not None
         line = LayerPath(model, inputs, objective, torch.zeros_like(embedded), embedded, start=0, layers=[0])
-        rows = torch.arange(len(inputs), device=model.device)
-        here = line.evaluate(rows, torch.ones(len(inputs), dtype=torch.float64, device=model.device))
+        here = line.evaluate(torch.arange(len(inputs)), torch.ones(len(inputs), dtype=torch.float64))
         scores = (embedded * here.gradients[:, 0]).sum(dim=-1)
         return build_attribution(self, inputs, objective, ends.output_change, scores)

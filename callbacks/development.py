@@ -1,0 +1,91 @@
+"""How explanations develop from probe to probe: the scalars, and what is kept to compare the next probe with."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calig.pipeline.explainer import scalar_key
+from calig.pipeline.metrics import drift, layer_profile, summarise
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class Development:
+    """The last probe, which the drift of the next one is measured against.
+
+    Attributes:
+        scores: Sample id -> token scores.
+        texts: Sample id -> a number that tells texts apart: only the same text is compared.
+        epoch: Of the last probe, -1 before the first.
+    """
+
+    scores: dict[int, list[float]] = field(default_factory=dict)
+    texts: dict[int, int] = field(default_factory=dict)
+    epoch: int = -1
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, which a checkpoint can hold."""
+        return {
+            "ids": list(self.scores),
+            "scores": list(self.scores.values()),
+            "texts": list(self.texts.values()),
+            "epoch": self.epoch,
+        }
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Any]) -> Development:
+        """Take up what `state` gave."""
+        ids = state.get("ids", [])
+        return cls(
+            dict(zip(ids, state.get("scores", []), strict=True)),
+            dict(zip(ids, state.get("texts", []), strict=False)),
+            state.get("epoch", -1),
+        )
+
+    def advance(self, explanations: Rows, epoch: int) -> float | None:
+        """Take a probe's rows for the last probe; returns their mean drift, None where nothing can be compared."""
+        texts = {row["sample_id"]: zlib.crc32("\0".join(row["tokens"]).encode()) for row in explanations}
+        moved = []
+        for row in explanations:
+            number = row["sample_id"]
+            if number not in self.scores or self.texts.get(number) != texts[number]:
+                continue
+            content = torch.tensor([word is not None for word in row["word_ids"]])
+            moved.append(float(drift(_row(row["scores"]), _row(self.scores[number]), content[None])[0]))
+        self.scores = {row["sample_id"]: row["scores"] for row in explanations}
+        self.texts, self.epoch = texts, epoch
+        moved = [value for value in moved if value == value]  # NaN: nothing to correlate
+        return sum(moved) / len(moved) if moved else None
+
+
+def layer_shares(explanations: Rows) -> list[float]:
+    """Mean share of the absolute relevance per block; empty for methods without layers."""
+    layered = [torch.tensor(row["layer_scores"]) for row in explanations if row["layer_scores"] is not None]
+    shares = [layer_profile(one[None], torch.ones(1, one.shape[1], dtype=torch.bool))[0] for one in layered]
+    return torch.stack(shares).mean(dim=0).tolist() if shares else []
+
+
+def probe_scalars(method: str, explanations: Rows, metrics: Rows, profile: Sequence[float]) -> dict[str, float]:
+    """The scalars of a probe under their keys (ARCHITECTURE, Scalar keys), but for the drift and the failures."""
+    prefix = f"val/explain/{method}"
+    scalars: dict[str, float] = {}
+    for (name, control, metric), summary in summarise(metrics, resamples=1).items():
+        if summary.mean is not None:
+            scalars[scalar_key("val/explain", name, control, metric)] = summary.mean
+    gaps = [row["completeness_gap"] for row in explanations if row["completeness_gap"] is not None]
+    if gaps:
+        scalars[f"{prefix}/completeness_gap_max"] = max(gaps)
+    for layer, share in enumerate(profile, start=1):
+        scalars[f"{prefix}/layer_profile/{layer:02d}"] = share
+    return scalars
+
+
+def _row(scores: Sequence[float]) -> Tensor:
+    return torch.tensor(scores)[None]

@@ -1,0 +1,171 @@
+"""What `calig explain` does: texts in, explanations to the terminal, to disk, to a page."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from calig.pipeline.attribution.methods import create_method
+from calig.pipeline.errors import InputError
+from calig.pipeline.explain_request import Request, free_file, free_folder, request_texts
+from calig.pipeline.explanation import Explanation
+from calig.pipeline.opening import source_kind
+from calig.pipeline.records import EXPLANATION_SCHEMA, append_lines, atomic_write, write_table
+
+BATCHES_PER_SHARD = 20
+
+
+def run_explain(request: Request) -> int:
+    """Explain, show and write; returns the exit code, 3 where some texts could not be explained.
+
+    Raises:
+        InputError: Whatever is wrong with the request; nothing has been written then.
+    """
+    # What is cheap to check comes first: a mistake must not cost the loading of a model, and must leave nothing.
+    texts, pairs = request_texts(request)
+    options = dict(request.options or {})
+    create_method(request.method, options)
+    if request.batch_size < 1:
+        raise InputError(f"--batch-size takes 1 or more, got {request.batch_size}.")
+    source_kind(Path(request.source))
+    out = None if request.out is None else free_folder(Path(request.out))
+    page = None if request.html is None else free_file(Path(request.html))
+
+    from calig.pipeline.explaining import check_texts, explain_batches, settings_of
+    from calig.pipeline.opening import open_source
+
+    check_texts(texts, pairs)
+    with _plain_warnings():
+        opened = open_source(request.source)
+        settings = settings_of(opened, request.method, request.target, options)
+        metadata = {
+            "label_names": opened.label_names,
+            "methods": {name: dict(values) for name, values in settings.methods.items()},
+            "source": request.source,
+            "file": request.file,
+        }
+        writer = _Writer(out, metadata)
+        keep = request.file is None or page is not None
+        kept: list[dict[str, Any]] = []
+        for explained in _progress(
+            explain_batches(opened, texts, pairs, settings, request.batch_size), len(texts), request.batch_size
+        ):
+            writer.add(explained.explanations, explained.failures)
+            if keep:
+                kept += explained.explanations
+        writer.flush()
+    explanations = [Explanation.from_row(row, opened.label_names) for row in sorted(kept, key=_by_id)]
+    if request.file is None:
+        _show(explanations)
+    if page is not None:
+        atomic_write(page, html_page(explanations, request))
+    _report(writer, request, opened.label_names)
+    return 3 if writer.failed else 0
+
+
+def html_page(explanations: Sequence[Explanation], request: Request) -> str:
+    """One self-contained page of explanations; loads nothing."""
+    title = escape(f"{request.method} · {Path(request.source).name}")
+    sections = "\n".join(f"<section>{explanation._repr_html_()}</section>" for explanation in explanations)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title><style>body{{max-width:50em;margin:2em auto;padding:0 1em;background:Canvas;"
+        "color:CanvasText;font:15px/1.6 system-ui,sans-serif}section{margin:0 0 2em}h1{font-size:1.1em}</style></head>"
+        f"<body><h1>{title}</h1>\n{sections}\n</body></html>\n"
+    )
+
+
+class _Writer:
+    """Collects rows into shards, whole or not at all, and counts what the last line says."""
+
+    def __init__(self, out: Path | None, metadata: Mapping[str, Any]) -> None:
+        self.out = out
+        self.metadata = metadata
+        self.predictions: Counter[int] = Counter()
+        self.gaps: list[float] = []
+        self.failed: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = []
+        self._waiting = self._shards = 0
+
+    def add(self, rows: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]]) -> None:
+        """Take a batch; write when a shard is full."""
+        self.predictions.update(row["prediction"] for row in rows)
+        self.gaps += [row["completeness_gap"] for row in rows if row["completeness_gap"] is not None]
+        self.failed += failures
+        if self.out is None:
+            return
+        if failures:
+            self.out.mkdir(parents=True, exist_ok=True)
+            append_lines(self.out / "failures.jsonl", failures)
+        self._rows += rows
+        self._waiting += 1
+        if self._waiting >= BATCHES_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        if self.out is not None and self._rows:
+            path = self.out / "explanations" / f"part-00000-{self._shards:05d}.parquet"
+            write_table(path, self._rows, EXPLANATION_SCHEMA, self.metadata)
+            self._shards += 1
+        self._rows, self._waiting = [], 0
+
+
+def _show(explanations: Sequence[Explanation]) -> None:
+    console = Console(highlight=False)
+    for index, explanation in enumerate(explanations):
+        if index:
+            console.print()
+        # Whole lines into a pipe; a terminal wraps between words.
+        console.print(explanation, soft_wrap=not console.is_terminal)
+
+
+def _report(writer: _Writer, request: Request, label_names: Sequence[str]) -> None:
+    for row in writer.failed[:5]:
+        print(f"calig: text {row['sample_id']} was not explained: {row['reason']}", file=sys.stderr)
+    if len(writer.failed) > 5:
+        print(f"calig: ... and {len(writer.failed) - 5} more", file=sys.stderr)
+    if request.out is not None:
+        names = dict(enumerate(label_names))
+        count = writer.predictions.total()
+        parts = [f"{count:,} {'text' if count == 1 else 'texts'} explained by {request.method}"]
+        parts += [f"{names.get(i, f'class {i}')} {n:,}" for i, n in writer.predictions.most_common(5)]
+        if writer.gaps:
+            parts.append(f"completeness gap {sum(writer.gaps) / len(writer.gaps):.1%}, worst {max(writer.gaps):.1%}")
+        where = f" → {Path(request.out) / 'explanations'}" if count else ""
+        print(" · ".join(parts) + where)
+        if writer.failed:
+            print(f"{len(writer.failed)} failed → {Path(request.out) / 'failures.jsonl'}")
+    if request.html is not None:
+        print(f"page → {request.html}")
+
+
+def _progress(batches: Iterator[Any], texts: int, batch_size: int) -> Iterator[Any]:
+    console = Console(stderr=True)
+    total = -(-texts // batch_size)
+    if total < 3 or not console.is_terminal:
+        return batches
+    from rich.progress import track
+
+    return iter(track(batches, "explaining", total=total, console=console, transient=True))
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line on stderr, without the place in the code that a user of the command line never sees."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
+def _by_id(row: Mapping[str, Any]) -> int:
+    return int(row["sample_id"])

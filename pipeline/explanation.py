@@ -1,0 +1,250 @@
+"""`Explanation`: one explained sample, to look at in a notebook, in a terminal, or as a figure."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.text import Text
+
+from calig.pipeline.errors import InputError
+from calig.pipeline.loading import rationale_by_word
+from calig.pipeline.render.color import OPPOSES, SUPPORTS, abs_scale, hex_color
+from calig.pipeline.render.pieces import Word, join_pieces, merge_pieces
+from calig.pipeline.render.tokens import token_html, token_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_BARS = "▁▂▃▄▅▆▇█"
+# A byte-level tokenizer spells every byte of its text, also those that would command a terminal.
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """How much each token of one sample supports or opposes a decision, as one method sees it.
+
+    Attributes:
+        tokens: (T,) as the tokenizer spells them, special tokens included.
+        scores: (T,) signed relevance; positive supports the target.
+        method: The attribution method.
+        prediction: The predicted class.
+        target: The class that is explained.
+        probability: The model's probability of the target.
+        sample_id: Row index in the data; in `explain`, position in `texts`.
+        word_ids: (T,) the word of each token, None on special tokens.
+        layer_scores: (L, T), blocks 1 to L; None for methods that see one layer only.
+        label: The true class, where known.
+        rationale: (T,) 1 on tokens that a human marked, where known.
+        completeness_gap: Relative, the maximum over layers; None where the method claims no completeness.
+        error_bound: The bound on that gap measured from the path itself, where there is one.
+        steps_used: Nodes of the path; 1 without a path.
+        converged: Whether the bound (else the gap) stayed within the tolerance.
+        label_names: Class names in the order of their indices; without them classes are shown as numbers.
+    """
+
+    tokens: tuple[str, ...]
+    scores: tuple[float, ...]
+    method: str
+    prediction: int
+    target: int
+    probability: float
+    sample_id: int = 0
+    word_ids: tuple[int | None, ...] | None = None
+    layer_scores: tuple[tuple[float, ...], ...] | None = None
+    label: int | None = None
+    rationale: tuple[int, ...] | None = None
+    completeness_gap: float | None = None
+    error_bound: float | None = None
+    steps_used: int = 1
+    converged: bool = True
+    label_names: tuple[str, ...] = ()
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], label_names: Sequence[str] = ()) -> Explanation:
+        """From a row as explanations are kept (`load_explanations`, `calig.pipeline.records`)."""
+        layers = row.get("layer_scores")
+        word_ids, rationale = row.get("word_ids"), row.get("rationale")
+        names = ("method", "prediction", "target", "probability", "sample_id", "label")
+        more = ("completeness_gap", "error_bound", "steps_used", "converged")
+        return cls(
+            tokens=tuple(row["tokens"]),
+            scores=tuple(row["scores"]),
+            word_ids=None if word_ids is None else tuple(word_ids),
+            layer_scores=None if layers is None else tuple(tuple(layer) for layer in layers),
+            rationale=None if rationale is None else tuple(rationale),
+            label_names=tuple(label_names),
+            **{name: row[name] for name in (*names, *more) if name in row},
+        )
+
+    @property
+    def words(self) -> list[Word]:
+        """The pieces joined to words with `text`, summed `score` and `special`, in reading order."""
+        return merge_pieces(self.tokens, self.scores, self.word_ids)
+
+    @property
+    def text(self) -> str:
+        """What the model read, without special tokens; normalised and cut as the tokenizer does it."""
+        shown = [word for word in self.words if not word.special]
+        return "".join((" " if word.space and i else "") + word.text for i, word in enumerate(shown))
+
+    @property
+    def prediction_name(self) -> str:
+        """Name of the predicted class."""
+        return self._name(self.prediction)
+
+    @property
+    def target_name(self) -> str:
+        """Name of the explained class."""
+        return self._name(self.target)
+
+    @property
+    def layer_profile(self) -> list[float] | None:
+        """(L,) share of the absolute relevance that each block holds (all 0 where there is none)."""
+        if self.layer_scores is None:
+            return None
+        sums = [sum(map(abs, layer)) for layer in self.layer_scores]
+        return [value / (sum(sums) or 1.0) for value in sums]
+
+    def top(self, k: int = 5, *, opposing: bool = False) -> list[Word]:
+        """Up to k words that support the target most, or oppose it; special tokens and the negligible left out."""
+        words = [word for word in self.words if not word.special]
+        least = 0.05 * abs_scale(word.score for word in words)
+        sign = -1 if opposing else 1
+        chosen = [word for word in words if sign * word.score >= least and word.score]
+        return sorted(chosen, key=lambda word: -sign * word.score)[:k]
+
+    def summary(self) -> str:
+        """One line: the decision, the method, and how far the explanation can be trusted."""
+        parts = [f"{self.target_name} {self.probability:.3f}"]
+        if self.target != self.prediction:
+            parts.append(f"predicted {self.prediction_name}")
+        if self.label is not None and self.label >= 0:
+            parts.append(f"label {self._name(self.label)}")
+        parts.append(self.method)
+        if self.completeness_gap is not None:
+            parts.append(f"completeness gap {self.completeness_gap:.1%}")
+        if not self.converged:
+            parts.append("not converged")
+        return " · ".join(parts)
+
+    def plot_layers(self, *, per_layer: bool = False) -> Figure:
+        """Heatmap of blocks x tokens, block 1 at the bottom.
+
+        Args:
+            per_layer: Divide each block's row by its own largest absolute value.
+
+        Raises:
+            InputError: The method has no layer scores.
+        """
+        from calig.pipeline.render.figures import layer_heatmap_figure
+
+        labels = [self.tokens[i] for i in range(len(self.tokens))]
+        byte_level = any(token.startswith(("Ġ", "Ċ")) for token in labels)
+        for word in self.words:
+            for i in () if word.special else word.positions:
+                labels[i] = join_pieces([labels[i]], byte_level=byte_level)
+        return _shown(layer_heatmap_figure(labels, self._layers(), self.summary(), per_layer=per_layer))
+
+    def plot_profile(self) -> Figure:
+        """Bars: the share of the absolute relevance that each block holds.
+
+        Raises:
+            InputError: The method has no layer scores.
+        """
+        from calig.pipeline.render.figures import layer_profile_figure
+
+        self._layers()
+        return _shown(layer_profile_figure(self.layer_profile or [], self.summary()))
+
+    def _repr_html_(self) -> str:
+        text = token_html(
+            self.tokens,
+            self.scores,
+            word_ids=self.word_ids,
+            rationale=self._word_rationale(),
+            title=self.summary(),
+            legend=True,
+        )
+        profile = self.layer_profile
+        return text if not profile else f"<div>{text}{_profile_html(profile)}</div>"
+
+    def __rich__(self) -> Group:
+        tokens = token_text(self.tokens, self.scores, word_ids=self.word_ids, rationale=self._word_rationale())
+        lines = [Text(self.summary(), style="bold"), tokens, *self._numbers()]
+        for line in lines:
+            line.plain = _CONTROL.sub("�", line.plain)  # of the same length, so the styles stay where they are
+        return Group(*lines)
+
+    def __str__(self) -> str:
+        return "\n".join(line.plain for line in self.__rich__().renderables if isinstance(line, Text))
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else f"{self.text[:59]}…"
+        return f"Explanation({self.sample_id}, {self.summary()!r}, {text!r})"
+
+    def _numbers(self) -> list[Text]:
+        """The strongest words with their scores, and the profile: what is left to read without any colour."""
+        lines = []
+        form = "+.2f" if abs_scale(word.score for word in self.words if not word.special) >= 0.1 else "+.2g"
+        for name, color, opposing in (("supports", SUPPORTS, False), ("opposes", OPPOSES, True)):
+            if words := self.top(opposing=opposing):
+                badge = (name, f"bold white on {hex_color(color)}")
+                listed = "  ".join(f"{word.text} {word.score:{form}}" for word in words)
+                lines.append(Text.assemble(badge, " " * (10 - len(name)), listed))
+        if profile := self.layer_profile:
+            largest = max(profile) or 1.0
+            bars = "".join(_BARS[min(7, int(8 * share / largest))] for share in profile)
+            shares = " ".join(f"{100 * share:.0f}" for share in profile)
+            lines.append(Text.assemble(("layers    ", "dim"), bars, (f"  {shares} %", "dim")))
+        return lines
+
+    def _layers(self) -> tuple[tuple[float, ...], ...]:
+        if self.layer_scores is None:
+            raise InputError(
+                f"'{self.method}' has no layer scores to plot; methods that look into the layers are "
+                "ca_lig, generic_attention and attention_rollout."
+            )
+        return self.layer_scores
+
+    def _name(self, index: int) -> str:
+        return self.label_names[index] if 0 <= index < len(self.label_names) else f"class {index}"
+
+    def _word_rationale(self) -> list[int] | None:
+        if self.rationale is None or self.word_ids is None:
+            return None
+        return rationale_by_word({"rationale": self.rationale, "word_ids": self.word_ids})
+
+
+def _profile_html(profile: Sequence[float]) -> str:
+    largest = max(profile) or 1.0
+    bars = "".join(
+        f'<span title="block {i}: {share:.1%}" style="display:inline-block;width:.6em;margin-right:1px;'
+        f'height:{max(0.06, 1.6 * share / largest):.2f}em;background:currentColor;opacity:.55"></span>'
+        for i, share in enumerate(profile, start=1)
+    )
+    peak = max(range(len(profile)), key=profile.__getitem__)
+    words = escape(f"blocks 1 to {len(profile)}, most in block {peak + 1} ({profile[peak]:.0%})")
+    style = "background:Canvas;color:CanvasText;font:12px/1.6 system-ui,sans-serif"
+    return f'<div style="{style}">{bars} <span style="opacity:.7">{words}</span></div>'
+
+
+def _shown(figure: Figure) -> Figure:
+    """Let a notebook show the figure also where pyplot, which would do so, was never imported."""
+    figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    from calig.pipeline.render.figures import figure_image
+
+    buffer = io.BytesIO()
+    figure_image(figure).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,213 @@
+"""Opening what a user wants explained: a run directory, a Hugging Face folder, a Lightning checkpoint, a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calig.pipeline.compose import CONFIG_FILE, load
+from calig.pipeline.config import Config
+from calig.pipeline.errors import InputError
+from calig.pipeline.records import shards, table_metadata
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.bpe", "*.tiktoken")
+# Some tokenizers have no limit and state a number that no list could be as long as.
+_LONGEST = 1_000_000
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to be explained.
+
+    Attributes:
+        model: In evaluation mode unless it was given live.
+        tokenizer: Of the model, with a pad token.
+        label_names: Class names in the order of their indices.
+        max_length: Tokens per text.
+        options: Method -> the options that its run explained with; none for what is not of a run.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    label_names: list[str]
+    max_length: int
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def source_kind(path: Path) -> str:
+    """Tell what a path is: `run`, `folder` or `checkpoint`; looks only, loads nothing.
+
+    Raises:
+        InputError: It is none of these.
+    """
+    if path.is_dir():
+        if (path / CONFIG_FILE).is_file():
+            return "run"
+        if (path / "config.json").is_file():
+            return "folder"
+        problem = f"is a folder with neither {CONFIG_FILE} nor config.json"
+        if (path / "adapter_config.json").is_file():
+            problem = "holds a PEFT adapter alone; merge it into its model (merge_and_unload) and save the whole"
+    elif path.is_file():
+        if path.suffix == ".ckpt":
+            return "checkpoint"
+        problem = "is a file that does not end in .ckpt"
+    else:
+        problem = "does not exist"
+    raise InputError(
+        f"'{path}' {problem}. Expected a run directory of calig, a Hugging Face folder (with config.json) "
+        "or a Lightning checkpoint (.ckpt) of a calig run."
+    )
+
+
+def open_source(source: Any, tokenizer: Any = None) -> Opened:
+    """Load the model, its tokenizer and what its run knows.
+
+    Args:
+        source: A path (see `source_kind`) or a live model.
+        tokenizer: Needed with a live model; elsewhere it stands in for the saved one.
+
+    Raises:
+        InputError: The source is none of these, lacks something, or holds other weights than it says.
+    """
+    import torch
+    from torch import nn
+
+    if isinstance(source, nn.Module):
+        if tokenizer is None:
+            raise InputError("a live model needs its tokenizer: explain(model, texts, tokenizer=tokenizer).")
+        return _opened(source, tokenizer)  # as it is: the caller's model is not changed
+    if not isinstance(source, (str, Path)):
+        raise InputError(f"a source is a path or a live model, got {type(source).__name__}.")
+    path = Path(source)
+    kind = source_kind(path)
+    if kind == "folder":
+        opened = _opened(*_load_folder(path, tokenizer))
+    elif kind == "run":
+        if not (path / "model" / "config.json").is_file():
+            raise InputError(
+                f"{path} has no model yet: expected {path / 'model'}, which the fit stage writes at its end. "
+                f"Continue with `calig run run.resume={path}`, or name one of its checkpoints."
+            )
+        opened = _opened(*_load_folder(path / "model", tokenizer), run=path)
+    else:
+        opened = _open_checkpoint(path, tokenizer)
+    opened.model.eval()
+    config: Any = opened.model.config
+    if config.pad_token_id is None:  # decoders refuse batches without one
+        config.pad_token_id = opened.tokenizer.pad_token_id
+    opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return opened
+
+
+def _open_checkpoint(path: Path, tokenizer: Any) -> Opened:
+    from calig.pipeline.models import load_checkpoint, load_model, load_tokenizer
+
+    run = next((folder for folder in (path.parent.parent, path.parent) if (folder / CONFIG_FILE).is_file()), None)
+    if run is None:
+        raise InputError(
+            f"{path} says nothing of the model's kind, and no run of calig lies around it: expected {CONFIG_FILE} in "
+            f"{path.parent.parent}. Give the checkpoint of a run directory, or a Hugging Face folder."
+        )
+    if (run / "model" / "config.json").is_file():
+        model, tokenizer = _load_folder(run / "model", tokenizer)
+    else:  # the fit stage has not ended: what it would have written is made again from the configuration
+        from calig.datamodules.text import TextDataModule
+
+        config = load(run, check=False)
+        data = TextDataModule(
+            config.data,
+            tokenizer or load_tokenizer(config.model),
+            vocab_size=config.model.scratch.vocab_size,
+            seed=config.seed,
+        )
+        data.setup()
+        tokenizer = data.tokenizer
+        model = load_model(config.model, data.label_names, tokenizer)
+    try:
+        load_checkpoint(model, str(path))
+    except InputError as error:
+        raise InputError(str(error).removeprefix("model.checkpoint=")) from error
+    return _opened(model, tokenizer, run=run)
+
+
+def _load_folder(path: Path, tokenizer: Any) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    if tokenizer is None and not any(file for name in _VOCABULARIES for file in path.glob(name)):
+        raise InputError(  # transformers would make a tokenizer that knows no word
+            f"{path} holds no tokenizer: expected tokenizer.json or another vocabulary file. Save it there with "
+            "tokenizer.save_pretrained(...), or pass tokenizer= in Python."
+        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"'{path}' could not be loaded as a text classifier: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"'{path}' is not a whole classifier: it has no weights for {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}, so its decisions would be random. Fine-tune it first: "
+            f"calig run model.name={path} ..."
+        )
+    return model, tokenizer
+
+
+def _opened(model: Any, tokenizer: Any, run: Path | None = None) -> Opened:
+    from calig.datamodules.tokenization import ensure_pad_token
+
+    if tokenizer.pad_token_id is None:
+        import copy
+
+        tokenizer = copy.deepcopy(tokenizer)  # the caller's own stays what it is
+        ensure_pad_token(tokenizer)
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    limits = [_LONGEST, tokenizer.model_max_length, _positions(model)]
+    options: Mapping[str, Mapping[str, Any]] = {}
+    if run is not None:
+        config = load(run, check=False)
+        limits.append(config.data.max_length)
+        options = _run_options(run, config)
+    length = min(limit for limit in limits if limit)
+    return Opened(model, tokenizer, [str(names[i]) for i in sorted(names)], int(length), options)
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens the model has positions for; None where it states no limit."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding index.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return limit - module.padding_idx - 1
+    return limit
+
+
+def _run_options(run: Path, config: Config) -> dict[str, Mapping[str, Any]]:
+    """What the run explained with; where it has not yet, what its configuration says."""
+    explain = config.explain
+    shared = {"steps": explain.steps, "tolerance": explain.tolerance, "max_steps": explain.max_steps}
+    from calig.pipeline.attribution.methods import available_methods
+    from calig.pipeline.explainer import settings_for
+
+    found: dict[str, Mapping[str, Any]] = dict(settings_for(available_methods(), explain.options, shared))
+    for file in shards(run / "explanations")[:1]:
+        found |= table_metadata(file).get("methods", {})
+    return found
