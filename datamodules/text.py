@@ -247,6 +247,11 @@ class TextDataModule(LightningDataModule):
             result[split] = Truncation(len(rows), sum(row["truncated"] for row in rows), kept + cut, cut, missed)
         return result
 
+    def has_labels(self, split: str) -> bool:
+        """Whether the examples of a split are labelled."""
+        rows = self.dataset(split).rows
+        return bool(rows) and "labels" in rows[0]
+
     def describe(self) -> str:
         """One line: rows per split, classes with their share of the first split, rationales, truncation, remarks."""
         self._check_set_up()

@@ -35,7 +35,7 @@ def require_devices(trainer: Mapping[str, Any]) -> None:
     talk.setLevel(logging.ERROR)
     try:
         Trainer(**asked, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         given = " ".join(f"trainer.{name}={value}" for name, value in asked.items())
         raise InputError(
             f"{given} cannot be had on this machine: {str(error).strip().splitlines()[0].rstrip('.')}. "

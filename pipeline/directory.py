@@ -19,7 +19,6 @@ from calig.pipeline.errors import InputError
 from calig.pipeline.records import read_lines, write_json
 
 _PACKAGES = ("calig", "torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb", "omegaconf", "pyarrow")
-_WORK = ("checkpoints", "explanations", "model")
 
 
 @dataclass
@@ -28,7 +27,7 @@ class RunDirectory:
 
     Attributes:
         path: Where they are.
-        fresh: Whether this session made the directory.
+        fresh: Whether this session made the directory and nothing was done in it yet.
         replaced: Where the run that this one replaces waits until this one has got to work.
     """
 
@@ -66,14 +65,15 @@ class RunDirectory:
         return list({(row["sample_id"], row["method"]): row for row in rows}.values())
 
     def keep(self) -> None:
-        """The run has got to work: what it replaces may go."""
+        """The run gets to work: what it replaces may go, and from here on nothing is undone."""
+        self.fresh = False
         if self.replaced is not None:
             shutil.rmtree(self.replaced, ignore_errors=True)
             self.replaced = None
 
     def give_up(self) -> None:
         """Undo the opening of a run that failed before any work, so that it does not stand in the way of the next."""
-        if self.fresh and not any((self.path / name).exists() for name in _WORK) and not self.finished:
+        if self.fresh:
             shutil.rmtree(self.path, ignore_errors=True)
             if self.replaced is not None:
                 self.replaced.replace(self.path)

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from calig.pipeline.adapters import (
     add_adapters,
@@ -23,7 +29,7 @@ from calig.pipeline.checkpoint import first_line, load_checkpoint
 from calig.pipeline.config import AdapterConfig, ModelConfig
 from calig.pipeline.errors import InputError
 
-__all__ = ["finish_training", "load_checkpoint", "load_model", "load_tokenizer", "prepare_training"]
+__all__ = ["class_names", "finish_training", "load_checkpoint", "load_model", "load_tokenizer", "prepare_training"]
 
 _NO_HEAD = {"keep_head": False, "need_head": False}
 _TOKENIZER_FILES = (
@@ -100,6 +106,34 @@ def load_model(
     if config.checkpoint and folder is None:
         load_checkpoint(model, config.checkpoint)
     return model
+
+
+def saved_config(config: ModelConfig) -> PretrainedConfig | None:
+    """The Hugging Face configuration that a pretrained model brings (class names, longest input); None from scratch.
+
+    Raises:
+        InputError: The folder or hub name holds none.
+    """
+    folder = _folder(config.checkpoint)
+    source = str(folder) if folder is not None else config.name
+    if source is None:
+        return None
+    if is_adapter_folder(source):
+        source = base_name(source)
+    revision = config.revision if folder is None else None
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"'{source}' could not be loaded: {first_line(error)} Expected a local Hugging Face folder or a name on "
+            "the hub (which needs the network, or a filled cache)."
+        ) from error
+
+
+def class_names(config: PretrainedConfig) -> list[str]:
+    """The class names of a fine-tuned model, in the order of their indices."""
+    names: dict[Any, str] = config.id2label or {}
+    return [names[index] for index in sorted(names)]
 
 
 def prepare_training(model: PreTrainedModel, config: ModelConfig) -> nn.Module:

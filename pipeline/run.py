@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calig.pipeline.config import Config
+from calig.pipeline.config import Config, ModelConfig
 from calig.pipeline.console import Console
 from calig.pipeline.directory import RunDirectory, is_main_process, open_directory
 from calig.pipeline.errors import InputError
@@ -44,14 +44,40 @@ class RunContext:
     def data(self) -> TextDataModule:
         """The data, read and tokenised."""
         from calig.datamodules.text import TextDataModule
-        from calig.pipeline.models import load_tokenizer
+        from calig.datamodules.tokenization import longest_input
+        from calig.pipeline.models import class_names, load_tokenizer, saved_config
 
         config = self.config
         tokenizer = self._saved_tokenizer() or load_tokenizer(config.model)
-        data = TextDataModule(config.data, tokenizer, vocab_size=config.model.scratch.vocab_size, seed=config.seed)
+        known = saved_config(self.model_config)
+        # A run that trains reads and cuts all splits, also when it is continued; one that only explains or tests takes
+        # what there is, and the class names are the model's.
+        names = None if self.trains or known is None else class_names(known)
+        data = TextDataModule(
+            config.data,
+            tokenizer,
+            vocab_size=config.model.scratch.vocab_size,
+            seed=config.seed,
+            label_names=names,
+            require_labels=self.trains or "test" in config.stages,
+            split="test" if "test" in config.stages else config.explain.split,
+            max_positions=config.model.scratch.max_positions if known is None else longest_input(known),
+        )
         data.setup()
         self.console.say(f"data     {data.describe()}")
         return data
+
+    @property
+    def trains(self) -> bool:
+        """Whether this run trains its model, or has trained it."""
+        return "fit" in self.config.stages or "fit" in self.directory.finished
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The `model` section; once the fit stage has ended its best weights are the checkpoint."""
+        config = self.config.model
+        best = self.trained_model
+        return config if best is None else dataclasses.replace(config, checkpoint=str(best))
 
     def _saved_tokenizer(self) -> Any:
         # A run that is continued explains with the tokenizer that its weights were trained with.
@@ -72,20 +98,22 @@ class RunContext:
         from lightning.pytorch import seed_everything
 
         from calig.pipeline.models import load_model
-        from calig.pipeline.module import ClassificationModule, OptimizerSettings
+        from calig.pipeline.module import ClassificationModule, OptimizerSettings, loss_settings
 
         config = self.config.model
         data = self.data
         # Weights must not depend on what the data has drawn before.
         seed_everything(self.config.seed, workers=True, verbose=False)
-        best = self.trained_model
-        source = dataclasses.replace(config, checkpoint=str(best)) if best is not None else config
-        model = load_model(source, data.label_names, data.tokenizer)
+        model = load_model(self.model_config, data.label_names, data.tokenizer, need_head=not self.trains)
         optimizer = OptimizerSettings(config.lr, config.weight_decay, config.warmup, config.schedule)
         size = sum(parameter.numel() for parameter in model.parameters())
         kind = config.name or f"{config.scratch.type} from scratch"
         self.console.say(f"model    {kind} · {size / 1e6:.1f} M parameters · {len(data.label_names)} classes")
-        return ClassificationModule(model, data.label_names, optimizer)
+        loss = None
+        if "fit" in self.config.stages:
+            rows = data.dataset("train").rows
+            loss = loss_settings(config, data.label_names, lambda: [row["labels"] for row in rows])
+        return ClassificationModule(model, data.label_names, optimizer, loss)
 
     @cached_property
     def loggers(self) -> list[Logger]:
@@ -137,6 +165,8 @@ class RunContext:
         if "explain" in stages:
             config = self.config.explain
             data.dataset(config.split)
+            if config.target == "label" and not data.has_labels(config.split):
+                raise InputError(f"explain.target=label needs labels, and the {config.split} split has none.")
             classes = len(module.label_names)
             if isinstance(config.target, int) and config.target >= classes:
                 raise InputError(f"explain.target={config.target} names no class: the model has {classes}, from 0.")
@@ -173,8 +203,10 @@ def run(config: Config) -> int:
         InputError: The run directory exists, or the input is wrong. Nothing is left of a run that failed before any
             work, and what it was to replace is back.
     """
+    from calig.pipeline.devices import require_devices
     from calig.pipeline.stages import stage_function
 
+    require_devices(config.trainer)
     directory = open_directory(config)
     main = is_main_process()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -74,8 +74,8 @@ class OutputFunction:
 def as_objective(objective: Objective | Callable[[Any], Tensor], batch: int) -> Objective:
     """Take an `Objective` as it is, and wrap a plain callable."""
     if hasattr(objective, "target"):
-        return objective
-    return OutputFunction(objective, torch.zeros(batch, dtype=torch.long))  # type: ignore[arg-type]
+        return cast(Objective, objective)
+    return OutputFunction(objective, torch.zeros(batch, dtype=torch.long))
 
 
 def logits_of(output: Any) -> Tensor:

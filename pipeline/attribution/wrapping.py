@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from calig.pipeline.errors import InputError
 
-class UnsupportedModelError(ValueError):
+
+class UnsupportedModelError(InputError):
     """The engine cannot work on this model; the message says what was looked for and what does work."""
 
 

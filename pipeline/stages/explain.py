@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from calig.pipeline.directory import RunDirectory
-from calig.pipeline.explainer import scalar_key
+from calig.pipeline.explainer import NON_FINITE_OUTPUT, scalar_key
 from calig.pipeline.metrics import Summary, summarise
 from calig.pipeline.records import atomic_write, read_rows, shards
 from calig.pipeline.run import RunContext
@@ -46,6 +46,13 @@ def run_stage(context: RunContext) -> None:
     if not context.is_main:
         return
     failures = directory.failures
+    broken = [row["sample_id"] for row in failures if row["reason"] == NON_FINITE_OUTPUT]
+    if broken:
+        listed = ", ".join(map(str, sorted(set(broken))[:5]))
+        raise RuntimeError(
+            f"{NON_FINITE_OUTPUT} for {len(set(broken))} samples of the {config.split} split (sample_id {listed}): its "
+            "weights are broken, or it overflows. Explanations of the others are written."
+        )
     summaries = summarise(read_rows(directory / "metrics"), seed=context.config.seed)
     worst: dict[str, float] = {}
     for row in read_rows(directory / "explanations", columns=["method", "completeness_gap"]):

@@ -17,11 +17,12 @@ def run_stage(context: RunContext) -> None:
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
     from calig.callbacks import AttributionCallback
-    from calig.pipeline.models import load_checkpoint
+    from calig.pipeline.models import finish_training, load_checkpoint, prepare_training
 
     config, directory = context.config, context.directory
     data = context.data
     module = context.module
+    module.model = prepare_training(module.model, config.model)  # type: ignore[arg-type]  # plain: the run loaded it
     monitor = config.model.monitor
     mode = "min" if lower_is_better(monitor) else "max"
     checkpoint = ModelCheckpoint(
@@ -52,6 +53,7 @@ def run_stage(context: RunContext) -> None:
     trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
     if checkpoint.best_model_path:
         load_checkpoint(module.model, checkpoint.best_model_path)
+    module.model = model = finish_training(module.model)
     values = {key: float(value) for key, value in trainer.callback_metrics.items()}
     if diverged := [key for key, value in values.items() if not math.isfinite(value)]:
         raise RuntimeError(
@@ -59,7 +61,7 @@ def run_stage(context: RunContext) -> None:
             f"model.lr (now {config.model.lr:g}), or set trainer.gradient_clip_val=1."
         )
     if context.is_main:
-        save_model(module.model, data.tokenizer, directory / "model")
+        save_model(model, data.tokenizer, directory / "model")
         directory.add_summary(values | best_values(logged_rows(directory.path)))
         score = checkpoint.best_model_score
         epoch = trainer.current_epoch
