@@ -12,7 +12,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "calig needs Python 3.11 or newer; set PYTHON=python3.11 (found: $$($(PYTHON) --version))"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } \
+		|| { rm -rf $(VENV); echo "no virtual environment can be made; on Debian: apt install python3-venv"; exit 1; }
 	@echo "installing into $(VENV) (some minutes on the first run) ..."
 	@# torch first and by its pinned version, so that no other package's range brings another build.
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch

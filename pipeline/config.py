@@ -108,7 +108,7 @@ class SizeConfig:
 
     train: int = _key(20000, "training sentences", low=1)
     val: int = _key(800, "validation sentences", low=1)
-    test: int = _key(1000, "test sentences", low=1)
+    test: int = _key(1500, "test sentences", low=1)
 
 
 @dataclass

@@ -229,6 +229,56 @@ def test_read_out_is_found_without_a_table():
     assert torch.allclose(ends.readout, mask / mask.sum(1, keepdim=True))
 
 
+def test_one_bad_example_does_not_fail_its_neighbours(bert, batch):
+    reference = attribute(bert, batch, target=1)
+    row = batch["input_ids"][1, 2]
+    others = (batch["input_ids"] != row).all(1)
+    assert others.tolist() == [True, False, True]
+    with torch.no_grad():
+        bert.bert.embeddings.word_embeddings.weight[row] = float("nan")
+    result = attribute(bert, batch, target=1)
+    assert result.non_finite().tolist() == [False, True, False]
+    assert torch.allclose(result.scores[others], reference.scores[others], atol=1e-5)
+
+
+def test_left_padding_and_coarse_parameters_warn(bert, batch):
+    flipped = {key: value.flip(1) for key, value in batch.items()}
+    with pytest.warns(UserWarning, match="padded on the left"):
+        attribute(bert, flipped, "input_x_gradient", target=1)
+    with pytest.warns(UserWarning, match="bfloat16"):
+        attribute(bert.bfloat16(), batch, "input_x_gradient", target=1)
+
+
+def test_pad_ids_are_not_content_without_an_attention_mask(bert, batch):
+    bert.config.cls_token_id, bert.config.sep_token_id = 1, 2
+    result = attribute(bert, {"input_ids": batch["input_ids"]}, "integrated_gradients", target=1)
+    assert (result.scores[batch["input_ids"] == 0] == 0).all()
+
+
+def test_a_plain_callable_is_an_objective(bert, batch):
+    margin = attribute(bert, batch, objective=lambda output: output.logits[:, 1] - output.logits[:, 0])
+    one, zero = (attribute(bert, batch, target=index) for index in (1, 0))
+    assert torch.allclose(margin.output_change, one.output_change - zero.output_change, atol=1e-5)
+    difference = one.parts["evidence"] - zero.parts["evidence"]
+    assert torch.allclose(margin.parts["evidence"], difference, atol=1e-4)
+    with pytest.raises(InputError, match="one scalar per row"):
+        attribute(bert, batch, objective=lambda output: output.logits)
+
+
+def test_an_embedding_that_never_runs_is_an_error():
+    from transformers import BartConfig, BartForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=60, d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=40, num_labels=2,
+    )  # fmt: skip
+    model = BartForSequenceClassification(config).eval()
+    ids = torch.tensor([[0, 7, 8, 9, 2]])
+    with pytest.raises(UnsupportedModelError):
+        attribute(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "integrated_gradients", target=1)
+
+
 def test_results_are_on_the_host_in_float32(bert, batch):
     result = attribute(bert.double(), batch)
     for name in ("scores", "layer_scores", "completeness_gap", "error_bound", "output_change"):

@@ -104,6 +104,7 @@ class ExplainableModel:
         self._returns_tuple = False
         self._has_interface: bool | None = None
         self._warned_of_left_padding = False
+        self._warned_of_precision = False
 
     @property
     def device(self) -> torch.device:
@@ -134,8 +135,19 @@ class ExplainableModel:
     @contextmanager
     def session(self) -> Iterator[ExplainableModel]:
         """What the engine works in: `evaluation`, with gradients on, also under `no_grad` and `inference_mode`."""
+        self._warn_of_precision()
         with self.evaluation(), torch.inference_mode(False), torch.enable_grad():
             yield self
+
+    def _warn_of_precision(self) -> None:
+        coarse = {p.dtype for p in self.module.parameters() if p.is_floating_point() and p.element_size() < 4}
+        if coarse and not self._warned_of_precision:
+            self._warned_of_precision = True
+            warnings.warn(
+                f"the model's parameters are {', '.join(map(str, coarse))}: completeness gaps and error bounds are "
+                "rounding noise at this precision, and steps='auto' will not converge. Explain model.float().",
+                stacklevel=3,
+            )
 
     def with_tokenizer(self, tokenizer: Any) -> ExplainableModel:
         """The same live model with another tokenizer."""
