@@ -98,7 +98,7 @@ class Console:
 
     def table(self, title: str, columns: list[str], rows: list[list[str]], note: str = "") -> None:
         """Print a table: the first column left, the others right."""
-        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
         self.say(title)
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)

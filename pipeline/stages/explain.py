@@ -105,7 +105,7 @@ def show(context: RunContext, summaries: Mapping[tuple[str, str, str], Summary],
         rows.append([label, *(_cell(summaries.get((method, control, metric))) for metric in metrics)])
     count = max((summary.n for summary in summaries.values()), default=0)
     context.console.table(
-        f"explain  {count} samples of the {context.config.explain.split} split · mean [95 % interval]",
+        f"explain  {count} samples of the {context.config.explain.split} split · mean and 95 % interval",
         ["method", *(f"{SHOWN[metric]} {'↓' if lower_is_better(metric) else '↑'}" for metric in metrics)],
         rows,
     )
@@ -127,9 +127,9 @@ def show(context: RunContext, summaries: Mapping[tuple[str, str, str], Summary],
 def _cell(summary: Summary | None) -> str:
     if summary is None or summary.mean is None:
         return "-"
-    return f"{_short(summary.mean)} [{_short(summary.low)} {_short(summary.high)}]"
+    return f"{_short(summary.mean)} {_short(summary.low)}–{_short(summary.high)}"
 
 
 def _short(value: float | None) -> str:
-    """Two decimals without the leading zero: six methods with intervals fit into 80 columns."""
-    return "" if value is None else f"{value:.2f}".replace("0.", ".", 1)
+    """Three decimals without the leading zero: four metrics with intervals fit into 80 columns."""
+    return "" if value is None else f"{value:.3f}".replace("0.", ".", 1)

@@ -18,6 +18,7 @@ from calig.pipeline.run import RunContext
 
 MAX_SAMPLES = 100
 _CURVES = ("train/loss", "val/loss", "val/accuracy")
+_UNSHOWN = ("auprc_base_rate", "seconds")  # in summary.json; a base rate is the same for every method
 _PROBE_CURVES = (
     "comprehensiveness",
     "sufficiency",
@@ -62,7 +63,7 @@ def collect(directory: RunDirectory) -> ReportData:
         MetricRow(method, metric, summary.mean, summary.low, summary.high, control)  # type: ignore[arg-type]
         for (method, control, metric), summary in summarise(rows, seed=config.seed).items()
         # The method `random` is measured as the control, which stands below the methods.
-        if summary.mean is not None and (method, control) != ("random", "none")
+        if summary.mean is not None and (method, control) != ("random", "none") and metric not in _UNSHOWN
     ]
     curves = {name: points for key, points in learning_curves(directory.path).items() if (name := _curve(key))}
     return ReportData(
