@@ -204,7 +204,15 @@ def test_a_signal_during_training_ends_with_its_code(tmp_path, number, code):
     arguments = [f"run.dir={tmp_path / 'run'}", *settings, "trainer.max_epochs=2000", "probe.enabled=false"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     line = [CALIG, "run", *arguments, "logger.wandb.mode=disabled"]
-    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        line,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         deadline = time.monotonic() + 120
         while not list((tmp_path / "run").glob("checkpoints/*")) and time.monotonic() < deadline:

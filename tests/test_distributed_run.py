@@ -49,7 +49,15 @@ def test_two_processes_explain_every_sample_once_and_like_one(tmp_path):
 def test_an_interrupted_run_ends_with_its_code_and_can_be_continued(tmp_path, sent, code):
     folder = tmp_path / "run"
     line, environment = command(folder, "trainer.max_epochs=120", "logger.wandb.mode=disabled", "probe.enabled=false")
-    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        line,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     last = folder / "checkpoints" / "last.ckpt"
     for _ in range(600):
         if last.exists():
