@@ -18,7 +18,9 @@ CALIG = str(Path(sys.executable).with_name("calig"))
 
 def command(folder, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return [CALIG, "run", f"run.dir={folder}", *TINY, *arguments], environment
+    own = {item.split("=")[0] for item in arguments}
+    settings = [item for item in TINY if item.split("=")[0] not in own]
+    return [CALIG, "run", f"run.dir={folder}", *settings, *arguments], environment
 
 
 @pytest.mark.slow
