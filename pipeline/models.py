@@ -124,10 +124,7 @@ def saved_config(config: ModelConfig) -> PretrainedConfig | None:
     try:
         return AutoConfig.from_pretrained(source, revision=revision or "main")
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"'{source}' could not be loaded: {first_line(error)} Expected a local Hugging Face folder or a name on "
-            "the hub (which needs the network, or a filled cache)."
-        ) from error
+        raise _not_loaded(source, "model.name" if folder is None else "model.checkpoint", error) from error
 
 
 def class_names(config: PretrainedConfig) -> list[str]:

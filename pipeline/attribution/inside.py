@@ -14,7 +14,7 @@ from torch import Tensor
 
 from calig.pipeline.attribution.baselines import baseline_trace
 from calig.pipeline.attribution.methods.base import Baseline
-from calig.pipeline.attribution.model import ExplainableModel, Inputs, UnsupportedModelError
+from calig.pipeline.attribution.model import ExplainableModel, Inputs, Trace, UnsupportedModelError
 from calig.pipeline.attribution.objective import Objective
 from calig.pipeline.attribution.path import LayerPath
 from calig.pipeline.attribution.quadrature import FIRST_NODES, Integral, Rule, integrate_fixed, integrate_secant
@@ -73,6 +73,18 @@ def readout_weights(gradient: Tensor, mask: Tensor) -> Tensor:
     return torch.where(finite & (count > 0), seen.to(gradient.dtype) / count.clamp_min(1), torch.nan)
 
 
+def _pass_with_readout(
+    model: ExplainableModel, inputs: Inputs, objective: Objective, rows: Tensor
+) -> tuple[Trace, Tensor, Tensor]:
+    """A traced pass of some examples, the objective (N,) in its graph, and their read-out weights (N, T)."""
+    trace = model.trace(inputs.select(rows))
+    value = objective(trace.output, rows)
+    last = trace.states[-1]
+    assert last is not None  # the pass started at the embedding, so every layer was recorded
+    (gradient,) = torch.autograd.grad(value.sum(), [last])
+    return trace, value, readout_weights(gradient, inputs.mask[rows])
+
+
 def find_ends(
     model: ExplainableModel, inputs: Inputs, objective: Objective, baseline: Baseline, layers: list[int] | None
 ) -> Ends:
@@ -89,12 +101,8 @@ def find_ends(
     ends: list[list[Tensor]] = []
     changes, readouts = [], []
     for rows in model.chunks(torch.arange(len(inputs), device=model.device), inputs.mask.shape[1]):
-        trace = model.trace(inputs.select(rows))
-        value = objective(trace.output, rows)
-        last = trace.states[-1]
-        assert last is not None  # the pass started at the embedding, so every layer was recorded
-        (gradient,) = torch.autograd.grad(value.sum(), [last])
-        readouts.append(readout_weights(gradient, inputs.mask[rows]))
+        trace, value, readout = _pass_with_readout(model, inputs, objective, rows)
+        readouts.append(readout)
         other = baseline_trace(model, inputs, rows, baseline)
         changes.append(value.detach().cpu().double() - objective(other.output, rows).cpu().double())
         kept = range(model.depth + 1) if layers is None else layers
@@ -218,12 +226,6 @@ def attention_matrices(
 
 def with_readout_special(model: ExplainableModel, inputs: Inputs, objective: Objective) -> Inputs:
     """Treat the read-out positions as special, for models that name no special tokens at all (ARCHITECTURE)."""
-    readouts = []
-    for rows in model.chunks(torch.arange(len(inputs), device=model.device), inputs.mask.shape[1]):
-        trace = model.trace(inputs.select(rows))
-        last = trace.states[-1]
-        assert last is not None
-        (gradient,) = torch.autograd.grad(objective(trace.output, rows).sum(), [last])
-        readouts.append(readout_weights(gradient, inputs.mask[rows]))
-    weights = torch.cat(readouts)
+    chunks = model.chunks(torch.arange(len(inputs), device=model.device), inputs.mask.shape[1])
+    weights = torch.cat([_pass_with_readout(model, inputs, objective, rows)[2] for rows in chunks])
     return replace(inputs, special=inputs.special | (weights == 1))
