@@ -15,14 +15,18 @@ if TYPE_CHECKING:
     from calig.pipeline.attribution.api import attribute
     from calig.pipeline.attribution.model import ExplainableModel, Inputs, UnsupportedModelError
     from calig.pipeline.attribution.objective import ClassLogit, Objective
+    from calig.pipeline.attribution.objectives import Contrast, NextToken, Regression
     from calig.pipeline.attribution.result import Attribution
 
 __all__ = [
     "Attribution",
     "ClassLogit",
+    "Contrast",
     "ExplainableModel",
     "Inputs",
+    "NextToken",
     "Objective",
+    "Regression",
     "UnsupportedModelError",
     "attribute",
     "available_methods",
@@ -33,6 +37,9 @@ _HOME = {
     "Attribution": "result",
     "ClassLogit": "objective",
     "Objective": "objective",
+    "Contrast": "objectives",
+    "NextToken": "objectives",
+    "Regression": "objectives",
     "ExplainableModel": "model",
     "Inputs": "model",
     "UnsupportedModelError": "model",

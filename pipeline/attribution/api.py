@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from calig.pipeline.attribution.inside import with_readout_special
 from calig.pipeline.attribution.methods import create_method
 from calig.pipeline.attribution.model import ExplainableModel
-from calig.pipeline.attribution.objective import ClassLogit, Objective, as_objective, resolve_target
+from calig.pipeline.attribution.objective import ClassLogit, Objective, Unbound, as_objective, resolve_target
 from calig.pipeline.attribution.result import Attribution
 from calig.pipeline.errors import InputError
 
@@ -22,7 +22,7 @@ def attribute(
     method: str = "ca_lig",
     *,
     target: str | int | list[int] | Tensor | None = None,
-    objective: Objective | Callable[[Any], Tensor] | None = None,
+    objective: Objective | Unbound | Callable[[Any], Tensor] | None = None,
     tokenizer: Any = None,
     special_tokens_mask: Tensor | None = None,
     **options: Any,
@@ -37,8 +37,9 @@ def attribute(
         method: One of `available_methods()`.
         target: Class to explain: None or "predicted", "label" (from `batch["labels"]`), an index, one index per
             example (B,), or K per example (B, K).
-        objective: What to explain instead of a class logit: an `Objective`, or a callable from the model's output to
-            one scalar per row; excludes `target`.
+        objective: What to explain instead of a class logit: `Contrast(1, 0)`, `NextToken(token_id)` of a causal
+            language model, `Regression()`, any `Objective`, or a callable from the model's output to one scalar per
+            row; excludes `target`.
         tokenizer: Names special tokens and the tokens of the `mask` and `unk` baselines.
         special_tokens_mask: (B, T) 1 on special tokens; without it the tokenizer, then the model's config decide.
         **options: Options of the method, for example `steps=16`, `baseline="pad"`, `path="shared"`, `lam=0.5`.
@@ -68,7 +69,7 @@ def attribute(
     with wrapped.session():
         inputs = wrapped.prepare(batch, special_tokens_mask)
         if objective is not None:
-            goals: list[Objective] = [as_objective(objective, len(inputs))]
+            goals: list[Objective] = [as_objective(objective, inputs)]
         else:
             labels = batch.get("labels")
             indices = resolve_target(target, wrapped.logits(inputs), labels)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from calig.pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from calig.pipeline.attribution.model import Inputs
 
 
 class Objective(Protocol):
@@ -33,20 +36,51 @@ class Objective(Protocol):
         ...
 
 
+class Unbound(Protocol):
+    """An objective as the user writes it, which has to see the batch to become one scalar per row."""
+
+    def bind(self, inputs: Inputs) -> Objective:
+        """Make the objective of a batch; raises InputError where it does not fit."""
+        ...
+
+
+@dataclass(frozen=True)
+class BoundObjective:
+    """An objective that has seen its batch.
+
+    Attributes:
+        read: Maps the output for N rows, and the example of each row (N,), to (N,).
+        target: (B,) index of what is explained in each example.
+    """
+
+    read: Callable[[Any, Tensor], Tensor]
+    target: Tensor
+
+    def __call__(self, output: Any, rows: Tensor) -> Tensor:
+        """Read it; see `Objective`."""
+        return self.read(output, rows)
+
+
 @dataclass(frozen=True)
 class ClassLogit:
-    """The logit of a class; a model with one output (regression) has class 0 only.
+    """The logit of a class, or its log-probability; a model with one output (regression) has class 0 only.
 
     Attributes:
         target: (B,) class index per example; fixed for the baseline, every node and every perturbed input.
+        log_prob: Take the log-probability, which the other classes have a part in.
     """
 
     target: Tensor
+    log_prob: bool = False
 
     def __call__(self, output: Any, rows: Tensor) -> Tensor:
         """Read the logit of each row's class; see `Objective`."""
         logits = logits_of(output)
-        return logits.gather(1, self.target.to(logits.device)[rows, None]).squeeze(1)
+        return pick(logits.log_softmax(dim=1) if self.log_prob else logits, self.target, rows, "class")
+
+    def bind(self, inputs: Inputs) -> ClassLogit:
+        """See `Unbound`."""
+        return replace(self, target=per_example(self.target, len(inputs), "target"))
 
 
 @dataclass(frozen=True)
@@ -71,15 +105,48 @@ class OutputFunction:
         return value
 
 
-def as_objective(objective: Objective | Callable[[Any], Tensor], batch: int) -> Objective:
-    """Take an `Objective` as it is, and wrap a plain callable."""
+def as_objective(objective: Objective | Unbound | Callable[[Any], Tensor], inputs: Inputs) -> Objective:
+    """Make the objective of a batch: bind what asks for it, wrap a plain callable.
+
+    Raises:
+        InputError: The objective does not fit the batch.
+    """
+    if hasattr(objective, "bind"):
+        return objective.bind(inputs)
     if hasattr(objective, "target"):
         return cast(Objective, objective)
-    return OutputFunction(objective, torch.zeros(batch, dtype=torch.long))
+    return OutputFunction(cast(Callable[[Any], Tensor], objective), torch.zeros(len(inputs), dtype=torch.long))
 
 
-def logits_of(output: Any) -> Tensor:
-    """The (N, C) logits in what a model returned: a tensor, an output object or mapping with `logits`, or a tuple."""
+def per_example(value: Any, batch: int, name: str) -> Tensor:
+    """Turn one index for all examples, or one per example, into (B,) long on the host.
+
+    Raises:
+        InputError: Not integers, or of another shape.
+    """
+    indices = torch.as_tensor(value).detach().cpu()
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise InputError(f"{name} takes integers, got {indices.dtype}.")
+    if indices.shape not in ((), (batch,)):
+        raise InputError(f"{name} has shape {tuple(indices.shape)}; expected one integer, or ({batch},).")
+    # A clone, because what is made under inference mode cannot be saved for a backward pass.
+    return indices.long().expand(batch).clone()
+
+
+def pick(values: Tensor, index: Tensor, rows: Tensor, what: str) -> Tensor:
+    """Each row's own column (N,) of values (N, C), by the index (B,) of its example.
+
+    Raises:
+        InputError: An index without a column.
+    """
+    size = values.shape[1]
+    if bool(((index < 0) | (index >= size)).any()):
+        raise InputError(f"{index.tolist()} names a {what} that is not there; the model has {size}, counted from 0.")
+    return values.gather(1, index.to(values.device)[rows, None]).squeeze(1)
+
+
+def raw_logits(output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, an output object or mapping with `logits`, or a tuple."""
     if isinstance(output, Tensor):
         logits = output
     elif isinstance(output, Mapping) and "logits" in output:
@@ -90,8 +157,15 @@ def logits_of(output: Any) -> Tensor:
         logits = output[0]
     else:
         raise InputError(f"the model returned {type(output).__name__}; expected a tensor or an output with `logits`.")
+    return logits
+
+
+def logits_of(output: Any) -> Tensor:
+    """The (N, C) logits of a classifier; see `raw_logits`."""
+    logits = raw_logits(output)
     if logits.ndim != 2:
-        raise InputError(f"the model's logits have shape {tuple(logits.shape)}; expected (batch, classes).")
+        hint = " A language model is explained by objective=NextToken(token_ids)." if logits.ndim == 3 else ""
+        raise InputError(f"the model's logits have shape {tuple(logits.shape)}; expected (batch, classes).{hint}")
     return logits
 
 
