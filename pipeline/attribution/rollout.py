@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from calig.pipeline.errors import InputError
+
 Fusion = Literal["diagonal", "column", "gated", "late"]
+Lam = float | Sequence[float]
+"""The coefficient lambda: one for all blocks, or one for each."""
 
 
 def normalise(values: Tensor) -> Tensor:
@@ -69,7 +74,54 @@ def rollout(factors: Sequence[Tensor], readout: Tensor) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def fuse(evidence: Tensor, gradients: Sequence[Tensor], mask: Tensor, *, fusion: Fusion, lam: float) -> list[Tensor]:
+@dataclass(frozen=True)
+class Ingredients:
+    """What CA-LIG fuses (METHODS 2.3).
+
+    Attributes:
+        evidence: (B, L+1, T) r^0 to r^L.
+        gradients: G^1 to G^L, each (B, T, T).
+        readout: (B, T) read-out weights w.
+        mask: (B, T) true on real positions.
+    """
+
+    evidence: Tensor
+    gradients: Sequence[Tensor]
+    readout: Tensor
+    mask: Tensor
+
+    def fused(self, fusion: Fusion, lam: Lam) -> tuple[Tensor, list[Tensor] | None]:
+        """Fuse and roll out.
+
+        Returns:
+            The layer-wise relevance map (B, L, T), whose last block holds the scores; and the factors F^1 to F^L, which
+            `late` does not have.
+
+        Raises:
+            InputError: There are more or fewer lambdas than blocks.
+        """
+        if fusion == "late":
+            if not isinstance(lam, int | float):
+                raise InputError(f"fusion='late' fuses once, behind all blocks, and takes one lam; got {lam}.")
+            return fuse_late(self.evidence, self.gradients, self.readout, lam=lam), None
+        factors = fuse(self.evidence, self.gradients, self.mask, fusion=fusion, lam=lam)
+        return rollout(factors, self.readout), factors
+
+
+def shares(lam: Lam, blocks: int) -> list[float]:
+    """One lambda for each block.
+
+    Raises:
+        InputError: There are more or fewer than blocks.
+    """
+    if isinstance(lam, int | float):
+        return [lam] * blocks
+    if len(lam) != blocks:
+        raise InputError(f"lam has {len(lam)} values and the model {blocks} blocks: give one for each, or one for all.")
+    return list(lam)
+
+
+def fuse(evidence: Tensor, gradients: Sequence[Tensor], mask: Tensor, *, fusion: Fusion, lam: Lam) -> list[Tensor]:
     """The factors F^l of METHODS 2.3 for the forms that have one; block l takes the evidence of its inputs, r^{l-1}.
 
     Args:
@@ -78,17 +130,21 @@ def fuse(evidence: Tensor, gradients: Sequence[Tensor], mask: Tensor, *, fusion:
         mask: (B, T) true on real positions.
         fusion: `diagonal`, `column` or `gated`.
         lam: The coefficient lambda; `gated` has none.
+
+    Raises:
+        InputError: There are more or fewer lambdas than blocks.
     """
     factors = []
+    per_block = shares(lam, len(gradients))
     real = mask.sum(dim=1).to(evidence.dtype)[:, None, None]
-    for layer, gradient in enumerate(gradients):
+    for layer, (gradient, share) in enumerate(zip(gradients, per_block, strict=True)):
         own = normalise(evidence[:, layer])
         # "1 r'": every real query row holds the evidence of the keys.
         keys = mask_pairs(own[:, None, :].expand_as(gradient), mask)
         if fusion == "diagonal":
-            factors.append(lam * torch.diag_embed(own) + (1 - lam) * normalise(gradient))
+            factors.append(share * torch.diag_embed(own) + (1 - share) * normalise(gradient))
         elif fusion == "column":
-            factors.append(lam * keys / real + (1 - lam) * normalise(gradient))
+            factors.append(share * keys / real + (1 - share) * normalise(gradient))
         elif fusion == "gated":
             factors.append(normalise(gradient.abs() * keys))
         else:

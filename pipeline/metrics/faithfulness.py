@@ -131,8 +131,8 @@ def faithfulness_rows(
     requests = [Request(b, torch.ones_like(evaluable[b]), operators[0]) for b in present]
     for b in present:
         ranked = _ranked(scores, evaluable[b], b, ids[b], seed)
-        keeps = [keep for ranking in ranked for keep in _keeps(ranking, bins, evaluable[b])]
-        requests += [Request(b, keep, operator) for operator in operators for keep in keeps]
+        kept = [keep for ranking in ranked for keep in keeps(ranking, bins, evaluable[b])]
+        requests += [Request(b, keep, operator) for operator in operators for keep in kept]
     values: dict[tuple[str, str], Tensor] = {}
     if present:
         logits = perturbed_logits(
@@ -174,7 +174,7 @@ def _ranked(
         yield reverse(ranking)
 
 
-def _keeps(ranking: Tensor, bins: Sequence[float], evaluable: Tensor) -> Iterator[Tensor]:
+def keeps(ranking: Tensor, bins: Sequence[float], evaluable: Tensor) -> Iterator[Tensor]:
     """Yield what stays of one example: without the top k(q) for every bin, then the top k(q) only for every bin."""
     tops = []
     for q in bins:

@@ -75,6 +75,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, arm) for arm in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) in (list, tuple):
+        inner = typing.get_args(hint)[0]
+        return isinstance(value, typing.get_origin(hint)) and all(_fits(item, inner) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -84,7 +87,9 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _spell(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_spell(arm) for arm in typing.get_args(hint))
+        return " or ".join(dict.fromkeys(_spell(arm) for arm in typing.get_args(hint)))
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) in (list, tuple):
+        return "a list of numbers"
     return "a number" if hint is float else getattr(hint, "__name__", str(hint))

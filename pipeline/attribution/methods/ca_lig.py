@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from calig.pipeline.attribution.model import ExplainableModel, Inputs
     from calig.pipeline.attribution.objective import Objective
+    from calig.pipeline.attribution.quadrature import Integral
     from calig.pipeline.attribution.result import Attribution
+    from calig.pipeline.attribution.rollout import Ingredients
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class CALIGOptions(PathOptions):
     """One line between the embedding outputs for all layers, or a line of its own at each layer (METHODS 1)."""
     fusion: Literal["column", "diagonal", "gated", "late"] = "column"
     """How token evidence meets the attention gradient (METHODS 2.3)."""
-    lam: float = 0.5
-    """Share of the evidence against the attention gradient; `gated` has none."""
+    lam: float | list[float] | tuple[float, ...] = 0.5
+    """Share of the evidence against the attention gradient, for all blocks or one for each; `gated` has none."""
     attention_gradient: Literal["positive", "signed"] = "positive"
     """Positive part of each head's attention times gradient, or its signed value (METHODS 2.2)."""
     return_flow: bool = False
@@ -33,9 +35,16 @@ class CALIGOptions(PathOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.lam <= 1:
-            raise InputError(f"lam takes a number in [0, 1], got {self.lam}.")
-        if self.fusion == "diagonal" and self.lam == 1:
+        many = isinstance(self.lam, list | tuple)
+        shares = tuple(self.lam) if isinstance(self.lam, list | tuple) else (self.lam,)
+        if not shares or not all(0 <= share <= 1 for share in shares):
+            raise InputError(f"lam takes a number in [0, 1], or one for each block, got {self.lam}.")
+        if many and self.fusion in ("late", "gated"):
+            reason = "fuses once, behind all blocks" if self.fusion == "late" else "has no lam"
+            raise InputError(
+                f"fusion='{self.fusion}' {reason}: a lam for each block ({self.lam}) goes with 'column' and 'diagonal'."
+            )
+        if self.fusion == "diagonal" and all(share == 1 for share in shares):
             raise InputError("lam=1 with fusion='diagonal' lets nothing reach the read-out row; take lam < 1.")
         if self.fusion == "late" and self.return_flow:
             raise InputError("fusion='late' fuses after the rollout and has no flow of its own; drop return_flow.")
@@ -58,8 +67,35 @@ class CALIG(AttributionMethod):
         """See `AttributionMethod.attribute`."""
         import torch
 
-        from calig.pipeline.attribution import inside, rollout
         from calig.pipeline.attribution.build import build_attribution
+
+        options = self.options
+        parts, integral, output_change = self.ingredients(model, inputs, objective)
+        layers, factors = parts.fused(options.fusion, options.lam)
+        flow = torch.stack(factors, dim=1).transpose(-1, -2) if options.return_flow and factors else None
+        return build_attribution(
+            self,
+            inputs,
+            objective,
+            output_change,
+            layers[:, -1],
+            layer_scores=layers,
+            integral=integral,
+            flow=flow,
+            parts={"evidence": parts.evidence},
+        )
+
+    def ingredients(
+        self, model: ExplainableModel, inputs: Inputs, objective: Objective
+    ) -> tuple[Ingredients, Integral, Tensor]:
+        """What is fused, which depends on neither `fusion` nor `lam`: the costly part of an attribution.
+
+        Args and what is raised: see `AttributionMethod.attribute`.
+
+        Returns:
+            The ingredients, the path behind their evidence, and f(x) - f(x') (B,).
+        """
+        from calig.pipeline.attribution import inside, rollout
 
         options = self.options
         straight = options.path == "straight"
@@ -82,22 +118,4 @@ class CALIG(AttributionMethod):
             max_steps=options.max_steps,
         )
         evidence = integral.evidence.to(gradients[0].dtype).to(gradients[0].device)
-        flow = None
-        if options.fusion == "late":
-            layers = rollout.fuse_late(evidence, gradients, readout, lam=options.lam)
-        else:
-            factors = rollout.fuse(evidence, gradients, inputs.mask, fusion=options.fusion, lam=options.lam)
-            layers = rollout.rollout(factors, readout)
-            if options.return_flow:
-                flow = torch.stack(factors, dim=1).transpose(-1, -2)
-        return build_attribution(
-            self,
-            inputs,
-            objective,
-            ends.output_change,
-            layers[:, -1],
-            layer_scores=layers,
-            integral=integral,
-            flow=flow,
-            parts={"evidence": evidence},
-        )
+        return rollout.Ingredients(evidence, gradients, readout, inputs.mask), integral, ends.output_change
