@@ -8,13 +8,20 @@ the schema from YAML files and the command line, ``validate.py`` holds what a va
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-KNOWN_STAGES = ("fit", "test", "explain", "report")
-"""The stages that ``stages`` may name."""
+KNOWN_STAGES = ("fit", "test", "calibrate", "explain", "report")
+"""The stages that ``stages`` may name; ``calibrate`` is passed over where no option asks for it."""
+
+CALIBRATED: dict[str, dict[str, tuple[str, ...]]] = {"ca_lig": {"lam": ("auto", "per_layer"), "fusion": ("auto",)}}
+"""Method -> option -> the words by which ``explain.options`` leaves its value to the stage ``calibrate``."""
+
+CALIBRATION_FILE = "calibration.json"
+"""The file of a run directory that keeps what the stage ``calibrate`` has chosen."""
 
 GROUPS = ("model", "data", "explain", "trainer", "logger")
 """The sections that ``group=option`` fills from a file of ``configs/<group>/``."""
@@ -162,6 +169,19 @@ class ExplainConfig:
 
 
 @dataclass
+class CalibrateConfig:
+    """How the stage calibrate chooses what ``explain.options`` leaves to it (``lam: auto``)."""
+
+    split: Literal["train", "val", "test"] = _key("val", "split to choose on; never the one that is explained")
+    num_samples: int | None = _key(200, "seeded sample of the split (null: all of it)", low=1)
+    objective: Literal["comprehensiveness - sufficiency", "comprehensiveness", "sufficiency", "token_f1", "auprc"] = (
+        _key("comprehensiveness - sufficiency", "what the choice makes best on average; the last two need rationales")
+    )
+    operator: Operator = _key("delete", "how the objective removes tokens; never the only one of explain.operator")
+    grid: list[float] = _key([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], "values of lam to try")
+
+
+@dataclass
 class ProbeConfig:
     """The attribution probe that runs during training."""
 
@@ -199,12 +219,32 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     explain: ExplainConfig = field(default_factory=ExplainConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     # Lightning's own default is 1000 epochs; 3 and clipping at 1 are what fine-tuning a BERT usually takes.
     trainer: dict[str, Any] = _key(
         {"max_epochs": 3, "gradient_clip_val": 1.0}, "trainer.<argument of lightning.Trainer>"
     )
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+def asked_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Find what ``explain.options`` leaves to the stage calibrate: method -> option -> word."""
+    found = {
+        method: {name: given[name] for name, words in names.items() if given.get(name) in words}
+        for method, names in CALIBRATED.items()
+        if (given := options.get(method))
+    }
+    return {method: names for method, names in found.items() if names}
+
+
+def without_asked(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Leave out what the stage calibrate is to choose: the method's defaults stand in its place."""
+    asked = asked_options(options)
+    return {
+        method: {name: value for name, value in given.items() if name not in asked.get(method, {})}
+        for method, given in options.items()
+    }
 
 
 class KeyHelp(NamedTuple):

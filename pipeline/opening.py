@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calig.pipeline.calibration import calibrated_options
 from calig.pipeline.compose import CONFIG_FILE, load
-from calig.pipeline.config import Config
+from calig.pipeline.config import Config, without_asked
 from calig.pipeline.errors import InputError
 from calig.pipeline.records import shards, table_metadata
 
@@ -207,7 +209,12 @@ def _run_options(run: Path, config: Config) -> dict[str, Mapping[str, Any]]:
     from calig.pipeline.attribution.methods import available_methods
     from calig.pipeline.explainer import settings_for
 
-    found: dict[str, Mapping[str, Any]] = dict(settings_for(available_methods(), explain.options, shared))
+    try:
+        options = calibrated_options(explain.options, run)
+    except InputError as error:  # explained all the same: a run that is still training has not got there yet
+        warnings.warn(f"{error} Explained with the defaults.", stacklevel=2)
+        options = without_asked(explain.options)
+    found: dict[str, Mapping[str, Any]] = dict(settings_for(available_methods(), options, shared))
     for file in shards(run / "explanations")[:1]:
         found |= table_metadata(file).get("methods", {})
     return found

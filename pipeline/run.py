@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calig.pipeline.config import Config, ModelConfig
+from calig.pipeline.calibration import calibrated_options, check_evaluation
+from calig.pipeline.config import Config, ModelConfig, asked_options, without_asked
 from calig.pipeline.console import Console
 from calig.pipeline.directory import RunDirectory, is_main_process, open_directory
 from calig.pipeline.errors import InputError
@@ -139,13 +140,24 @@ class RunContext:
 
     @cached_property
     def explainer(self) -> Explainer:
-        """What the explain stage computes with."""
-        from calig.pipeline.explainer import Explainer, ExplainSettings, settings_for
+        """What the explain stage computes with; what the calibrate stage chooses must have been chosen."""
+        check_evaluation(self.config, self.directory.path)
+        return self._make_explainer(calibrated_options(self.config.explain.options, self.directory.path))
+
+    def method_options(self, methods: list[str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The options that methods are computed with: those that all share, then their own."""
+        from calig.pipeline.explainer import settings_for
 
         config = self.config.explain
         shared = {"steps": config.steps, "tolerance": config.tolerance, "max_steps": config.max_steps}
+        return settings_for(methods, options, shared)
+
+    def _make_explainer(self, options: Mapping[str, Mapping[str, Any]]) -> Explainer:
+        from calig.pipeline.explainer import Explainer, ExplainSettings
+
+        config = self.config.explain
         settings = ExplainSettings(
-            settings_for(config.methods, config.options, shared),
+            self.method_options(config.methods, options),
             target=config.target,
             operators=[config.operator] if isinstance(config.operator, str) else config.operator,
             strict=config.strict,
@@ -159,9 +171,11 @@ class RunContext:
         Raises:
             InputError: Whatever is wrong.
         """
-        if not {"fit", "test", "explain"} & set(stages):
+        if not {"fit", "test", "calibrate", "explain"} & set(stages):
             return
         data, module = self.data, self.module
+        if "calibrate" in stages:
+            self._prepare_calibration()
         if "explain" in stages:
             config = self.config.explain
             data.dataset(config.split)
@@ -170,7 +184,26 @@ class RunContext:
             classes = len(module.label_names)
             if isinstance(config.target, int) and config.target >= classes:
                 raise InputError(f"explain.target={config.target} names no class: the model has {classes}, from 0.")
-            _ = self.explainer
+            if "calibrate" in stages:  # a first look, with defaults for what is not chosen yet
+                self._make_explainer(without_asked(config.options))
+            else:
+                _ = self.explainer
+
+    def _prepare_calibration(self) -> None:
+        """Check what the calibrate stage will ask; see `prepare`."""
+        from calig.pipeline.explainer import perturbation_tokens
+
+        chosen, data = self.config.calibrate, self.data
+        rows = data.dataset(chosen.split).rows
+        perturbation_tokens(self.module.model, data.tokenizer).check(chosen.operator)
+        if self.config.explain.target == "label" and not data.has_labels(chosen.split):
+            raise InputError(f"explain.target=label needs labels, and the {chosen.split} split has none.")
+        marked = any(mark >= 0 for row in rows for mark in row["rationale"])
+        if chosen.objective in ("token_f1", "auprc") and not marked:
+            raise InputError(
+                f"calibrate.objective={chosen.objective} needs rationales, and the {chosen.split} split has none. "
+                "Set data.columns.rationale, or calibrate.objective='comprehensiveness - sufficiency'."
+            )
 
     @property
     def is_main(self) -> bool:
@@ -211,7 +244,10 @@ def run(config: Config) -> int:
     main = is_main_process()
     try:
         with Console(directory / "log.txt", main=main) as console:
-            todo = [stage for stage in config.stages if stage not in directory.finished]
+            stages = config.stages
+            if not asked_options(config.explain.options):
+                stages = [stage for stage in stages if stage != "calibrate"]
+            todo = [stage for stage in stages if stage not in directory.finished]
             if not todo:
                 console.say(f"{directory.path} is finished; its results are in {_results(directory)}")
                 return 3 if directory.failures else 0

@@ -17,7 +17,18 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from calig.pipeline.config import KNOWN_STAGES, Config, describe_schema, hints, show, type_name
+from calig.pipeline.config import (
+    CALIBRATED,
+    CALIBRATION_FILE,
+    KNOWN_STAGES,
+    Config,
+    asked_options,
+    describe_schema,
+    hints,
+    show,
+    type_name,
+    without_asked,
+)
 from calig.pipeline.errors import InputError
 
 Origins = Mapping[str, str]
@@ -119,6 +130,7 @@ def check_values(config: Config, origins: Origins) -> None:
         if not config.explain.operator:
             raise wrong("explain.operator", [], "at least one", origins)
         _no_repeats("explain.operator", config.explain.operator, origins)
+    _check_calibration(config, origins)
     _check_data(config, origins)
     scratch = config.model.scratch
     if scratch.width % scratch.heads:
@@ -162,9 +174,12 @@ def check_methods(config: Config, origins: Origins) -> None:
         for name, value in given.items():
             if name not in names:
                 raise unknown_key(prefix, name, names, _origin(prefix + name, origins))
-            given[name] = convert(types[name], value, prefix + name, origins)
+            words = CALIBRATED.get(method, {}).get(name)
+            hint = types[name] | Literal[words] if words else types[name]
+            given[name] = convert(hint, value, prefix + name, origins)
         try:
-            schema(**given)  # its own ranges and what it allows together
+            # Its own ranges and what it allows together; what the stage calibrate is to choose has no value yet.
+            schema(**without_asked({method: given})[method])
         except InputError as error:
             key = f"explain.options.{method}"
             raise InputError(f"{key}{where(key, origins)}: {error}") from error
@@ -184,6 +199,55 @@ def check_trainer(config: Config, origins: Origins | None = None) -> None:
         annotation = arguments[name].annotation
         if annotation is not inspect.Parameter.empty and not isinstance(annotation, str):
             convert(annotation, value, key, origins)
+
+
+def _check_calibration(config: Config, origins: Origins) -> None:
+    chosen = config.calibrate
+    if not chosen.grid or not all(0 <= value <= 1 for value in chosen.grid):
+        raise wrong("calibrate.grid", chosen.grid, "at least one value, each in [0, 1]", origins)
+    _no_repeats("calibrate.grid", map(str, chosen.grid), origins)
+    asked = asked_options(config.explain.options)
+    if not asked:
+        if config.stages == ["calibrate"]:
+            raise InputError(
+                f"stages=[calibrate]{where('stages', origins)} has nothing to choose: no option is left to it. Set "
+                "explain.options.ca_lig.lam=auto (or per_layer)."
+            )
+        return
+    method, names = next(iter(asked.items()))
+    option, word = next(iter(names.items()))
+    key = f"explain.options.{method}.{option}"
+    said = f"{key}={word}{where(key, origins)}"
+    given = config.explain.options[method]
+    if "lam" in names and given.get("fusion") in ("gated", "late"):
+        if given["fusion"] == "gated":
+            raise InputError(f"{said}: fusion=gated has no lam to choose. Drop it, or take fusion=column.")
+        if names["lam"] == "per_layer":
+            raise InputError(f"{said}: fusion=late fuses once, behind all blocks. Take lam=auto, or fusion=column.")
+    if "calibrate" in config.stages:
+        if "explain" in config.stages and config.stages.index("calibrate") > config.stages.index("explain"):
+            raise InputError(f"stages={show(config.stages)}: calibrate chooses {key} and comes before explain.")
+    elif "explain" in config.stages and not (
+        config.run.resume is not None and Path(config.run.resume, CALIBRATION_FILE).is_file()
+    ):
+        stages = [stage for stage in KNOWN_STAGES if stage in (*config.stages, "calibrate")]
+        raise InputError(
+            f"{said} is chosen by the stage calibrate, which is not among stages={show(config.stages)}. Set "
+            f"stages={show(stages)}, or give {option} a value."
+        )
+    if chosen.split == config.explain.split:
+        raise InputError(
+            f"{said} is chosen on calibrate.split={chosen.split}{where('calibrate.split', origins)}, the split that is "
+            "explained: what a value was chosen on cannot say how good it is. Set calibrate.split or "
+            "explain.split to another."
+        )
+    operators = config.explain.operator
+    if chosen.objective not in ("token_f1", "auprc") and operators in (chosen.operator, [chosen.operator]):
+        raise InputError(
+            f"{said} is chosen with calibrate.operator={chosen.operator}, the only one that the explanations are "
+            "measured with: the choice would be judged by what it was made for. Set calibrate.operator to another, or "
+            "add one to explain.operator."
+        )
 
 
 def _check_data(config: Config, origins: Origins) -> None:

@@ -25,6 +25,7 @@ KEYS = {
     "data.columns.": "text text_pair label rationale",
     "data.size.": "train val test",
     "explain.": "methods split num_samples batch_size steps tolerance max_steps target operator strict options",
+    "calibrate.": "split num_samples objective operator grid",
     "probe.": "enabled method num_samples every_n_epochs steps",
     "logger.wandb.": "mode project entity tags",
 }
@@ -266,7 +267,11 @@ ERRORS = {
     "list": ("explain.methods=ca_lig", "explain.methods: expected list[str]", "explain.methods=[ca_lig]"),
     "index": ("explain.methods[0]=random", "'explain.methods[0]'", "'explain.methods'"),
     "no stage": ("stages=[]", "stages: expected at least one, got []"),
-    "stage": ("stages=[fit,tst]", "stages: unknown stage 'tst'. Did you mean 'test'?", "fit, test, explain, report"),
+    "stage": (
+        "stages=[fit,tst]",
+        "stages: unknown stage 'tst'. Did you mean 'test'?",
+        "fit, test, calibrate, explain, report",
+    ),
     "stage twice": ("stages=[fit,fit]", "stages: 'fit' is listed 2 times"),
     "method": (
         "explain.methods=[ca_lgi]",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_cli import TINY
 
-from calig.pipeline.records import read_rows
+from calig.pipeline.records import read_rows, table_metadata
 
 CALIG = str(Path(sys.executable).with_name("calig"))
 
@@ -73,3 +73,21 @@ def test_an_interrupted_run_ends_with_its_code_and_can_be_continued(tmp_path, se
     done = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "test/accuracy" in json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_choose_like_one(tmp_path):
+    found = {}
+    for name in ("ddp_cpu", "cpu"):
+        arguments = [f"trainer={name}", "model.lr=1e-12", "logger.wandb.mode=disabled", "explain.methods=[ca_lig]"]
+        arguments += ["explain.options.ca_lig.lam=per_layer", "calibrate.num_samples=9", "probe.enabled=false"]
+        line, environment = command(tmp_path / name, *arguments)
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[name] = json.loads((tmp_path / name / "calibration.json").read_text())
+        shard = next((tmp_path / name / "explanations").glob("part-*.parquet"))
+        assert table_metadata(shard)["methods"]["ca_lig"]["lam"] == found[name]["chosen"]["lam"]
+    one, two = found["cpu"], found["ddp_cpu"]
+    assert one["num_samples"] == two["num_samples"] == 9 and one["chosen"] == two["chosen"]
+    for a, b in zip(one["points"], two["points"], strict=True):
+        assert a.keys() == b.keys() and all(a[key] == pytest.approx(b[key], abs=1e-6) for key in a)

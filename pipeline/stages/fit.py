@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from calig.pipeline.config import asked_options, without_asked
 from calig.pipeline.loggers import logged_rows
 from calig.pipeline.run import RunContext
 
@@ -39,7 +40,7 @@ def run_stage(context: RunContext) -> None:
                 config.probe.num_samples,
                 config.probe.every_n_epochs,
                 steps=config.probe.steps,
-                options=config.explain.options.get(config.probe.method),
+                options=_probe_options(context),
                 tokenizer=data.tokenizer,
                 label_names=data.label_names,
                 folder=directory / "probe",
@@ -68,6 +69,15 @@ def run_stage(context: RunContext) -> None:
         best = f"best {monitor} {float(score):.4f}, " if score is not None else ""
         context.console.say(f"fit      {best}{epoch} epochs, {trainer.global_step:,} steps → {directory / 'model'}")
     trainer.strategy.barrier("model saved")
+
+
+def _probe_options(context: RunContext) -> dict[str, Any] | None:
+    """Those of the explain stage; while it is not known what the calibrate stage will choose, the defaults for that."""
+    options, method = context.config.explain.options, context.config.probe.method
+    if asked := asked_options(options).get(method):
+        names = ", ".join(f"{name}={word}" for name, word in asked.items())
+        context.console.say(f"probe    {method} with its defaults for {names}: calibrate chooses after the training")
+    return without_asked(options).get(method)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -1,0 +1,419 @@
+"""Adaptive fusion (METHODS 2.5): choosing lambda and the fusion by the faithfulness that they reach.
+
+Token evidence and attention gradients do not depend on the choice, so every sample is attributed once. A candidate then
+costs algebra, and passes for those of its rankings alone that no candidate before had.
+
+Shapes: N samples, K candidates, B samples of a batch, T positions, L blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from calig.pipeline.attribution import ClassLogit, ExplainableModel
+from calig.pipeline.attribution.methods import create_method
+from calig.pipeline.attribution.methods.ca_lig import CALIG
+from calig.pipeline.attribution.model import forward_inputs
+from calig.pipeline.attribution.objective import logits_of, resolve_target
+from calig.pipeline.attribution.rollout import Fusion, Ingredients
+from calig.pipeline.errors import InputError
+from calig.pipeline.loading import rationale_by_word
+from calig.pipeline.metrics import PerturbationTokens, Request, bootstrap_interval, perturbed_logits, plausibility_rows
+from calig.pipeline.metrics.faithfulness import BINS, comprehensiveness, keeps, sufficiency
+from calig.pipeline.metrics.ranking import count, rank
+
+FUSIONS: tuple[Fusion, ...] = ("column", "diagonal", "gated", "late")
+SWEEPS = 2
+_NOISE = 1e-6  # means closer than this are equal: rounding, which the spread over processes may change, decides nothing
+_PLAUSIBILITY = ("token_f1", "auprc")
+
+Gather = Callable[[Sequence[Any]], list[Any]]
+"""Joins the lists of all processes; every process calls it."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to fuse.
+
+    Attributes:
+        fusion: The form.
+        lam: One value, one for each block, or None for `gated`, which has none.
+    """
+
+    fusion: Fusion
+    lam: float | tuple[float, ...] | None
+
+    def options(self) -> dict[str, Any]:
+        """Options of `ca_lig`, as JSON has them."""
+        lam = list(self.lam) if isinstance(self.lam, tuple) else self.lam
+        return {"fusion": self.fusion} | ({} if lam is None else {"lam": lam})
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What to choose, and by what.
+
+    Attributes:
+        options: Options of `ca_lig` but for those that are asked for.
+        asked: Option -> word: `lam` -> `auto` or `per_layer`, `fusion` -> `auto`.
+        objective: `comprehensiveness - sufficiency`, one of the two, `token_f1` or `auprc`.
+        operator: How the first three remove tokens.
+        grid: Values of lambda to try.
+        target: `predicted`, `label` or a class index.
+        seed: Of the bootstrap.
+    """
+
+    options: Mapping[str, Any]
+    asked: Mapping[str, str]
+    objective: str = "comprehensiveness - sufficiency"
+    operator: str = "delete"
+    grid: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    target: Literal["predicted", "label"] | int = "predicted"
+    seed: int = 0
+
+    @property
+    def default(self) -> Candidate:
+        """What would be taken without a choice."""
+        fusion = create_method("ca_lig", self.options).options.fusion
+        return Candidate(fusion, None if fusion == "gated" else self._given_lam)
+
+    @property
+    def _given_lam(self) -> float | tuple[float, ...]:
+        lam = create_method("ca_lig", self.options).options.lam
+        return tuple(lam) if isinstance(lam, list) else lam
+
+    def candidates(self) -> list[Candidate]:
+        """All points of the grid; for `per_layer` those that its search may start from.
+
+        A form that does not go with the other options, and lambda = 1 where it cuts the evidence off, are no points.
+        """
+        forms = FUSIONS if "fusion" in self.asked else (self.default.fusion,)
+        if self.asked.get("lam") == "per_layer":
+            forms = tuple(form for form in forms if form in ("column", "diagonal"))
+        points = []
+        for form in forms:
+            values = sorted(self.grid) if "lam" in self.asked else [self._given_lam]
+            points += [Candidate(form, None)] if form == "gated" else [Candidate(form, value) for value in values]
+        return [point for point in points if self.allows(point)]
+
+    def allows(self, candidate: Candidate) -> bool:
+        """Whether `ca_lig` takes a candidate together with the other options."""
+        try:
+            create_method("ca_lig", {**self.options, **candidate.options()})
+        except InputError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a candidate reached.
+
+    Attributes:
+        candidate: Which.
+        score: Mean of the objective; higher is better.
+        gain: Mean difference from the default, with its 95 % interval over the samples.
+        low: Its lower end.
+        high: Its upper end.
+    """
+
+    candidate: Candidate
+    score: float
+    gain: float
+    low: float
+    high: float
+
+    def row(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            **self.candidate.options(),
+            "score": self.score,
+            "gain": self.gain,
+            "gain/low": self.low,
+            "gain/high": self.high,
+        }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The result.
+
+    Attributes:
+        best: The chosen candidate.
+        points: The grid in its order; then the default where the grid lacks it, and what `per_layer` found.
+        count: Samples that the means are over.
+        skipped: Samples left out: their scores are not finite, or the objective is undefined for them.
+        evaluated: Candidates tried in all.
+    """
+
+    best: Point
+    points: list[Point]
+    count: int
+    skipped: int
+    evaluated: int
+
+
+@dataclass
+class _Chunk:
+    """One attributed batch.
+
+    Attributes:
+        ids: B sample ids.
+        batch: (B, T) what perturbed inputs are made of.
+        parts: What is fused.
+        target: (B,) explained classes.
+        special: (B, T).
+        mask: (B, T).
+        words: Per sample the word numbers (T) and the rationale by word; None where there is none.
+        known: Per sample: ranking -> value of the objective.
+    """
+
+    ids: list[int]
+    batch: dict[str, Tensor]
+    parts: Ingredients
+    target: Tensor
+    special: Tensor
+    mask: Tensor
+    words: list[tuple[list[int | None], list[int]] | None]
+    known: list[dict[tuple[int, ...], float]] = field(default_factory=list)
+
+
+class Calibrator:
+    """Chooses on the samples that are added to it.
+
+    Args:
+        model: The live model.
+        tokenizer: Of the model.
+        settings: What to choose, and by what.
+
+    Raises:
+        InputError: The tokenizer cannot do the operator.
+        UnsupportedModelError: The model's blocks cannot be found.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, settings: CalibrationSettings) -> None:
+        self.model = ExplainableModel(model, tokenizer=tokenizer)
+        self.settings = settings
+        self.tokens = PerturbationTokens.from_tokenizer(tokenizer)
+        self.tokens.check(settings.operator)
+        self._chunks: list[_Chunk] = []
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Attribute a batch, as `Explainer.explain` takes it, and keep what is fused.
+
+        Raises:
+            UnsupportedModelError: The model's attention maps cannot be recorded.
+        """
+        method = create_method("ca_lig", self.settings.options)
+        assert isinstance(method, CALIG)
+        with self.model.session():
+            inputs = self.model.prepare(batch, batch.get("special_tokens_mask"))
+            target = resolve_target(self.settings.target, self.model.logits(inputs), batch.get("labels"))
+            parts, _, _ = method.ingredients(self.model, inputs, ClassLogit(target))
+        ids = [int(i) for i in batch["sample_id"].tolist()]
+        self._chunks.append(
+            _Chunk(
+                ids,
+                {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch},
+                Ingredients(
+                    parts.evidence.cpu(), [g.cpu() for g in parts.gradients], parts.readout.cpu(), parts.mask.cpu()
+                ),
+                target.cpu(),
+                inputs.special.cpu(),
+                inputs.mask.cpu(),
+                [_words(batch, i) for i in range(len(ids))],
+                [{} for _ in ids],
+            )
+        )
+
+    def choose(self, gather: Gather = list) -> Calibration:
+        """Search; on every process alike.
+
+        Args:
+            gather: Joins the values of the samples of all processes.
+
+        Raises:
+            RuntimeError: The objective is defined for no sample.
+        """
+        tried: dict[Candidate, Tensor] = {}
+
+        def evaluate(candidates: Sequence[Candidate]) -> None:
+            new = [candidate for candidate in dict.fromkeys(candidates) if candidate not in tried]
+            if new:
+                tried.update(zip(new, self._values(new, gather).T, strict=True))
+
+        grid, default = self.settings.candidates(), self.settings.default
+        evaluate([*grid, default])
+        defined = torch.stack(list(tried.values())).isfinite().all(dim=0)
+        if not bool(defined.any()):
+            raise RuntimeError(
+                f"calibrate: {self.settings.objective} is defined for none of the {len(defined)} samples, or their "
+                "scores are not finite. token_f1 and auprc need rationales."
+            )
+
+        def score(candidate: Candidate) -> float:
+            return float(tried[candidate][defined].mean())
+
+        def better(candidates: Sequence[Candidate]) -> Candidate:
+            top = max(map(score, candidates))
+            near = [candidate for candidate in candidates if score(candidate) >= top - _NOISE]
+            # Of equals the one nearest to an even mix: a choice that the data do not make should not look like one.
+            return min(near, key=lambda c: abs(c.lam - 0.5) if isinstance(c.lam, float | int) else 0.0)
+
+        best = better(grid)
+        if self.settings.asked.get("lam") == "per_layer":
+            best = self._by_layer(best, evaluate, score)
+        shown = [*grid, *([default] if default not in grid else []), *([best] if best not in grid else [])]
+        points = {candidate: self._point(candidate, tried[candidate], tried[default], defined) for candidate in shown}
+        return Calibration(
+            points[best], list(points.values()), int(defined.sum()), int((~defined).sum()), evaluated=len(tried)
+        )
+
+    def _by_layer(
+        self,
+        start: Candidate,
+        evaluate: Callable[[Sequence[Candidate]], None],
+        score: Callable[[Candidate], float],
+    ) -> Candidate:
+        """Coordinate ascent over the blocks, from one lambda for all: until a sweep gains nothing, or two are done."""
+        assert isinstance(start.lam, float | int)
+        blocks = len(self._chunks[0].parts.gradients) if self._chunks else 0
+        values = (start.lam,) * blocks
+        best, reached = Candidate(start.fusion, values), score(start)
+        evaluate([best])
+        for _ in range(SWEEPS):
+            before = reached
+            for block in range(blocks):
+                values = best.lam if isinstance(best.lam, tuple) else values
+                others = [
+                    Candidate(start.fusion, (*values[:block], value, *values[block + 1 :]))
+                    for value in sorted(self.settings.grid)
+                    if value != values[block]
+                ]
+                others = [other for other in others if self.settings.allows(other)]
+                evaluate(others)
+                for other in others:
+                    if score(other) > reached + _NOISE:
+                        best, reached = other, score(other)
+            if reached == before:
+                break
+        return best
+
+    def _point(self, candidate: Candidate, values: Tensor, default: Tensor, defined: Tensor) -> Point:
+        mean, low, high = bootstrap_interval((values - default)[defined], seed=self.settings.seed)
+        return Point(candidate, float(values[defined].mean()), mean, low, high)
+
+    def _values(self, candidates: Sequence[Candidate], gather: Gather) -> Tensor:
+        """(N, K) values of the objective, NaN where undefined, over the samples of all processes in their order."""
+        rows: list[tuple[int, list[float]]] = []
+        for chunk in self._chunks:
+            scores = [
+                chunk.parts.fused(candidate.fusion, 0.5 if candidate.lam is None else candidate.lam)[0][:, -1]
+                for candidate in candidates
+            ]
+            if self.settings.objective in _PLAUSIBILITY:
+                found = [self._plausible(chunk, one) for one in scores]
+                rows += zip(chunk.ids, map(list, zip(*found, strict=True)), strict=True)
+            else:
+                rows += self._faithful(chunk, scores)
+        every = dict(gather(rows))
+        return torch.tensor([every[i] for i in sorted(every)], dtype=torch.double).view(len(every), len(candidates))
+
+    def _faithful(self, chunk: _Chunk, scores: Sequence[Tensor]) -> list[tuple[int, list[float]]]:
+        evaluable = chunk.mask & ~chunk.special
+        rankings = [
+            [
+                _ordered(rank(one[b], evaluable[b]).tolist()) if bool(one[b][evaluable[b]].isfinite().all()) else None
+                for one in scores
+            ]
+            for b in range(len(chunk.ids))
+        ]
+        new = [
+            (b, ranking)
+            for b in range(len(chunk.ids))
+            for ranking in dict.fromkeys(rankings[b])
+            if ranking and ranking not in chunk.known[b]
+        ]
+        if new:
+            for (b, ranking), value in zip(new, self._measure(chunk, evaluable, new), strict=True):
+                chunk.known[b][ranking] = value
+        return [
+            (sample, [chunk.known[b][ranking] if ranking else float("nan") for ranking in rankings[b]])
+            for b, sample in enumerate(chunk.ids)
+        ]
+
+    def _measure(self, chunk: _Chunk, evaluable: Tensor, new: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
+        """The objective for rankings of samples of a chunk, all in one call of the planner."""
+        operator = self.settings.operator
+        whole = [Request(b, torch.ones_like(evaluable[b]), operator) for b, _ in new]
+        parts = [
+            Request(b, keep, operator)
+            for b, ranking in new
+            for keep in keeps(torch.tensor(ranking), BINS, evaluable[b])
+        ]
+        with self.model.evaluation():
+            logits = perturbed_logits(
+                self._forward, chunk.batch, [*whole, *parts], tokens=self.tokens, special=chunk.special, mask=chunk.mask
+            ).double()
+        target = torch.tensor([int(chunk.target[b]) for b, _ in new])
+        full = logits[: len(new)].softmax(-1).gather(1, target[:, None]).squeeze(1)
+        every = logits[len(new) :].softmax(-1).view(len(new), 2, len(BINS), -1)
+        removed, kept = every.gather(-1, target.view(-1, 1, 1, 1).expand(*every.shape[:-1], 1)).squeeze(-1).unbind(1)
+        gained, lost = comprehensiveness(full, removed), sufficiency(full, kept)
+        values = {
+            "comprehensiveness": gained,
+            "sufficiency": -lost,  # lower is better
+            "comprehensiveness - sufficiency": gained - lost,
+        }
+        return values[self.settings.objective].tolist()
+
+    def _plausible(self, chunk: _Chunk, scores: Tensor) -> list[float]:
+        """token_f1 or auprc of a chunk's samples, NaN where undefined."""
+        found = dict.fromkeys(chunk.ids, float("nan"))
+        chosen = [
+            b
+            for b, words in enumerate(chunk.words)
+            if words is not None and bool(scores[b][chunk.mask[b]].isfinite().all())
+        ]
+        if chosen:
+            told = [words for b in chosen if (words := chunk.words[b]) is not None]
+            rows = plausibility_rows(
+                {"ca_lig": scores[chosen]},
+                word_ids=[numbers for numbers, _ in told],
+                rationales=[rationale for _, rationale in told],
+                sample_ids=[chunk.ids[b] for b in chosen],
+                signed=(),
+            )
+            for row in rows:
+                wanted = (row["method"], row["control"], row["metric"]) == ("ca_lig", "none", self.settings.objective)
+                if wanted and row["value"] is not None:
+                    found[row["sample_id"]] = row["value"]
+        return list(found.values())
+
+    def _forward(self, batch: dict[str, Tensor]) -> Tensor:
+        inputs = {key: value.to(self.model.device) for key, value in forward_inputs(self.model.module, batch).items()}
+        return logits_of(self.model.module(**inputs)).float()
+
+
+def _ordered(ranking: list[int]) -> tuple[int, ...]:
+    """A ranking sorted between the bins: the objective sees which positions are the top k(q), not their order."""
+    bounds = [0, *sorted({count(q, len(ranking)) for q in BINS}), len(ranking)]
+    return tuple(place for a, b in itertools.pairwise(bounds) for place in sorted(ranking[a:b]))
+
+
+def _words(batch: Mapping[str, Any], i: int) -> tuple[list[int | None], list[int]] | None:
+    """Word numbers (T) of a sample, None on special tokens and padding, and its rationale by word, if it has one."""
+    if "rationale" not in batch or "word_ids" not in batch:
+        return None
+    numbers = [None if word < 0 else int(word) for word in batch["word_ids"][i].tolist()]
+    marks = [max(0, mark) for mark in batch["rationale"][i].tolist()]
+    missed = int(batch["rationale_missed"][i]) if "rationale_missed" in batch else 0
+    known = rationale_by_word({"word_ids": numbers, "rationale": marks})
+    # Words that truncation cut off count as missed, behind the last one.
+    return (numbers, [*known, *[1] * missed]) if known and (any(known) or missed) else None
