@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         parents=[shared],
-        help="train, test, explain, report",
+        help="train, test, calibrate where asked, explain, report",
         description="Run the stages of an experiment. Without one: experiment=quickstart.",
         epilog=_Keys(),
         formatter_class=_HelpWithKeys,

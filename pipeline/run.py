@@ -177,6 +177,8 @@ class RunContext:
         if "calibrate" in stages:
             self._prepare_calibration()
         if "explain" in stages:
+            from calig.pipeline.attribution.rollout import shares
+
             config = self.config.explain
             data.dataset(config.split)
             if config.target == "label" and not data.has_labels(config.split):
@@ -184,6 +186,9 @@ class RunContext:
             classes = len(module.label_names)
             if isinstance(config.target, int) and config.target >= classes:
                 raise InputError(f"explain.target={config.target} names no class: the model has {classes}, from 0.")
+            lam = config.options.get("ca_lig", {}).get("lam")
+            if isinstance(lam, list):  # else every sample would fail for it
+                shares(lam, getattr(module.model.config, "num_hidden_layers", len(lam)))
             if "calibrate" in stages:  # a first look, with defaults for what is not chosen yet
                 self._make_explainer(without_asked(config.options))
             else:

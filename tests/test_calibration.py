@@ -393,6 +393,13 @@ def test_a_run_that_stopped_before_the_choice_makes_the_same(run_dir, tmp_path):
     assert (folder / "calibration.json").read_text() == (run_dir / "calibration.json").read_text()
 
 
+def test_a_list_of_lams_is_counted_before_the_training(tmp_path, capsys):
+    lams = ["explain.options.ca_lig.lam=[0.1,0.2,0.3]", f"run.dir={tmp_path / 'run'}"]
+    assert main(["run", *TINY, *QUIET, *lams]) == 2
+    assert "lam has 3 values and the model 2 blocks" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_calibration_without_rationales_or_labels_is_refused_before_the_training(tmp_path, capsys):
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"thing {i} is {i % 2},{i % 2}\n" for i in range(60)))
     settings = [item for item in CALIBRATED if not item.startswith("data.size")]
