@@ -224,6 +224,8 @@ def _check_calibration(config: Config, origins: Origins) -> None:
             raise InputError(f"{said}: fusion=gated has no lam to choose. Drop it, or take fusion=column.")
         if names["lam"] == "per_layer":
             raise InputError(f"{said}: fusion=late fuses once, behind all blocks. Take lam=auto, or fusion=column.")
+    if "lam" in names and given.get("fusion") == "diagonal" and set(chosen.grid) == {1.0}:
+        raise wrong("calibrate.grid", chosen.grid, "a value below 1, which fusion=diagonal needs", origins)
     if "calibrate" in config.stages:
         if "explain" in config.stages and config.stages.index("calibrate") > config.stages.index("explain"):
             raise InputError(f"stages={show(config.stages)}: calibrate chooses {key} and comes before explain.")

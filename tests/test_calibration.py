@@ -278,6 +278,10 @@ CONFIG_ERRORS = {
     "fusion word": (["explain.options.ca_lig.fusion=per_layer"], "column | diagonal | gated | late | auto"),
     "grid": (["calibrate.grid=[0.5,1.5]"], "calibrate.grid: expected at least one value, each in [0, 1]"),
     "empty grid": (["calibrate.grid=[]"], "calibrate.grid: expected at least one value"),
+    "diagonal grid": (
+        [ASKED, "explain.options.ca_lig.fusion=diagonal", "calibrate.grid=[1]"],
+        "calibrate.grid: expected a value below 1, which fusion=diagonal needs, got [1.0]",
+    ),
     "grid twice": (["calibrate.grid=[0.5,0.5]"], "calibrate.grid: '0.5' is listed 2 times"),
     "objective": (["calibrate.objective=fidelity"], "calibrate.objective: expected comprehensiveness - sufficiency |"),
 }
