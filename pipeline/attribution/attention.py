@@ -22,14 +22,15 @@ _maps: ContextVar[list[Tensor] | None] = ContextVar("calig_attention_maps", defa
 
 
 def _record(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    output, weights = _eager_function(module)(module, *args, **kwargs)
+    output, weights = eager_function(module)(module, *args, **kwargs)
     maps = _maps.get()
     if maps is not None:
         maps.append(weights)
     return output, weights
 
 
-def _eager_function(module: nn.Module) -> Any:
+def eager_function(module: nn.Module) -> Any:
+    """The eager attention function of an attention module's family."""
     # A user's subclass lives in another file than the family's eager function: look along the ancestors.
     for cls in type(module).__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)

@@ -231,7 +231,7 @@ class ExplainableModel:
         trace = Trace(states=[None] * start)
         with ExitStack() as stack:
             if attention:
-                trace.attentions = stack.enter_context(recorded_attention(self._require_interface()))
+                trace.attentions = stack.enter_context(recorded_attention(self.require_interface()))
             stack.enter_context(self._patched_blocks(trace, start, state))
             trace.output = self.module(**batch)
         self._depth = len(trace.states) - 1
@@ -298,7 +298,8 @@ class ExplainableModel:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return ((entry, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entry})
 
-    def _require_interface(self) -> Any:
+    def require_interface(self) -> Any:
+        """The Hugging Face model whose attention can be recorded, or UnsupportedModelError."""
         if self._has_interface is None:
             self._has_interface = uses_attention_interface(self.structure.host)
         if not self._has_interface:

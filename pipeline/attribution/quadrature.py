@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -70,11 +71,18 @@ def _nodes(rule: Rule, count: int) -> tuple[Tensor, Tensor]:
     """Positions in [0, 1] and weights summing to 1, both (count,) float64."""
     if rule == "riemann-middle":
         return (torch.arange(count, dtype=torch.float64) + 0.5) / count, torch.full((count,), 1 / count).double()
+    table = torch.tensor(gauss_legendre(count), dtype=torch.float64)
+    return table[:, 0], table[:, 1]
+
+
+@cache
+def gauss_legendre(count: int) -> tuple[tuple[float, float], ...]:
+    """Gauss-Legendre nodes in (0, 1) with their weights, which sum to 1."""
     # Golub-Welsch: the nodes are the eigenvalues of the Legendre recurrence's Jacobi matrix.
     k = torch.arange(1, count, dtype=torch.float64)
     off = k / torch.sqrt(4 * k * k - 1)
     values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return (values + 1) / 2, vectors[0] ** 2
+    return tuple(zip(((values + 1) / 2).tolist(), (vectors[0] ** 2).tolist(), strict=True))
 
 
 def integrate_secant(path: LayerPath, *, nodes: int, tolerance: float, max_nodes: int) -> Integral:
