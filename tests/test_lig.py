@@ -118,7 +118,7 @@ def through_attention(block):
             found.extend((query[0], key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)))
             return within_block.eager_function(module)(module, query, key, value, *args, **kwargs)
 
-        with within_block._attention(block.host, capture):
+        with within_block.attention_calls(block.host, capture):
             block._call(x[None])
         query, key, value = found
         scores = query @ key.mT * block.projections.scale + block.projections.mask

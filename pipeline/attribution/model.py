@@ -6,6 +6,7 @@ H heads, L blocks.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,14 @@ class Inputs:
     def content(self) -> Tensor:
         """(B, T) true on real tokens that are not special: what a baseline replaces and a ranking ranks."""
         return self.mask & ~self.special
+
+    def seed_of(self, row: int, seed: int) -> int:
+        """A seed from an example's own input: the same in every batch, on every process, at every amount of padding."""
+        if "input_ids" in self.batch:
+            own: Any = self.batch["input_ids"][row, self.mask[row]].tolist()
+        else:
+            own = self.batch["pixel_values"][row].cpu().flatten().tolist()
+        return int.from_bytes(hashlib.sha256(repr((seed, own)).encode()).digest()[:8], "little") >> 1
 
     def select(self, rows: Tensor) -> dict[str, Any]:
         """The forward's arguments for the examples `rows` (N,), which may repeat."""

@@ -121,6 +121,23 @@ def shares(lam: Lam, blocks: int) -> list[float]:
     return list(lam)
 
 
+def attention_rollout(attentions: Sequence[Tensor]) -> list[Tensor]:
+    """Attention rollout (METHODS 5.2): the products `Rb^l ... Rb^1` with `Rb = 0.5 A + 0.5 I`.
+
+    Args:
+        attentions: (B, T, T) mean over heads of each block.
+
+    Returns:
+        One (B, T, T) product per block.
+    """
+    identity = torch.eye(attentions[0].shape[-1], dtype=attentions[0].dtype, device=attentions[0].device)
+    products: list[Tensor] = []
+    for attention in attentions:
+        mixed = 0.5 * attention + 0.5 * identity
+        products.append(mixed @ products[-1] if products else mixed)
+    return products
+
+
 def fuse(evidence: Tensor, gradients: Sequence[Tensor], mask: Tensor, *, fusion: Fusion, lam: Lam) -> list[Tensor]:
     """The factors F^l of METHODS 2.3 for the forms that have one; block l takes the evidence of its inputs, r^{l-1}.
 

@@ -46,8 +46,8 @@ class Projections(NamedTuple):
 
 
 _Watch = Callable[[Tensor, Tensor], None]
-_Handler = Callable[..., tuple[Tensor, Tensor | None]]
-_handler: ContextVar[_Handler | None] = ContextVar("calig_within_block", default=None)
+AttentionHandler = Callable[..., tuple[Tensor, Tensor | None]]
+_handler: ContextVar[AttentionHandler | None] = ContextVar("calig_within_block", default=None)
 
 
 def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -60,7 +60,7 @@ AttentionMaskInterface.register(INTERFACE, eager_mask)
 
 
 @contextmanager
-def _attention(host: PreTrainedModel, handler: _Handler) -> Iterator[None]:
+def attention_calls(host: PreTrainedModel, handler: AttentionHandler) -> Iterator[None]:
     """Within the context, every attention call of the model is the handler's."""
     previous = host.config._attn_implementation
     token = _handler.set(handler)
@@ -119,7 +119,7 @@ class Block:
             found.append(_projections(module, *args, **kwargs))
             raise _Captured
 
-        with _attention(self.host, capture), suppress(_Captured):
+        with attention_calls(self.host, capture), suppress(_Captured):
             self._call(states)
         return found[0]
 
@@ -141,9 +141,9 @@ class Block:
             return contexts, None
 
         with ExitStack() as stack:
-            stack.enter_context(_attention(self.host, give))
+            stack.enter_context(attention_calls(self.host, give))
             for module in self._before:
-                stack.enter_context(_replaced(module, _zeros_like_output_of(module)))
+                stack.enter_context(replaced(module, _zeros_like_output_of(module)))
             if watch is not None and self._norm_after is not None:
                 handle = self._norm_after.register_forward_hook(lambda _m, args, output: watch(args[0], output))
                 stack.callback(handle.remove)
@@ -156,8 +156,8 @@ class Block:
             assert self._norm_after is not None
             with ExitStack() as stack:
                 for module in self._between:
-                    stack.enter_context(_replaced(module, _zeros_like_output_of(module)))
-                stack.enter_context(_replaced(self._norm_after, lambda *_args, **_kwargs: middle))
+                    stack.enter_context(replaced(module, _zeros_like_output_of(module)))
+                stack.enter_context(replaced(self._norm_after, lambda *_args, **_kwargs: middle))
                 return self.rest(torch.zeros_like(middle), contexts)
         # Pre-norm: u is on the residual path, to which attention that returns zeros adds its bias alone.
         bias = self.middle(self.contexts[None] * 0)[0] - self.states
@@ -236,7 +236,7 @@ class Block:
                 own = next(module.parameters(recurse=False), None)
                 if own is not None and next(module.children(), None) is None:
                     stack.callback(module.register_forward_hook(note).remove)
-            stack.enter_context(_attention(self.host, pass_on))
+            stack.enter_context(attention_calls(self.host, pass_on))
             again = self._call(self.states[None])[0]
         self._before, self._between = (
             [module for module in found if _width(module) is not None] for found in (self._before, self._between)
@@ -330,7 +330,7 @@ def take_apart(model: ExplainableModel, inputs: Inputs, row: int) -> list[Block]
         calls.append((module, args[1:], {key: _without_cache(key, value) for key, value in rest.items()}))
 
     with torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(_attention(host, capture))
+        stack.enter_context(attention_calls(host, capture))
         for module in dict.fromkeys(model.structure.blocks):
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         trace = model.trace(batch)
@@ -407,7 +407,8 @@ def _zeros_like_output_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, a module's forward is another function."""
     previous = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -38,11 +38,7 @@ class AttentionRollout(AttributionMethod):
 
         ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
         matrices, readout = inside.attention_matrices(model, inputs, objective, combine)
-        identity = torch.eye(inputs.mask.shape[1], dtype=matrices[0].dtype, device=matrices[0].device)
-        total = identity.expand_as(matrices[0])
-        rows = []
-        for matrix in matrices:
-            total = (0.5 * matrix + 0.5 * identity) @ total
-            rows.append(rollout.read_row(total, readout))
-        layers = torch.stack(rows, dim=1)
+        layers = torch.stack(
+            [rollout.read_row(product, readout) for product in rollout.attention_rollout(matrices)], dim=1
+        )
         return build_attribution(self, inputs, objective, ends.output_change, layers[:, -1], layer_scores=layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,11 +40,9 @@ class Random(AttributionMethod):
         from calig.pipeline.attribution.build import build_attribution
 
         ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
-        ids, mask = inputs.batch["input_ids"].cpu(), inputs.mask.cpu()
+        mask = inputs.mask.cpu()
         scores = torch.zeros(mask.shape)
         for row in range(len(inputs)):
-            tokens = ids[row, mask[row]].tolist()
-            digest = hashlib.sha256(repr((self.options.seed, tokens)).encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            scores[row, mask[row]] = 2 * torch.rand(len(tokens), generator=generator) - 1
+            generator = torch.Generator().manual_seed(inputs.seed_of(row, self.options.seed))
+            scores[row, mask[row]] = 2 * torch.rand(int(mask[row].sum()), generator=generator) - 1
         return build_attribution(self, inputs, objective, ends.output_change, scores.to(model.device))
