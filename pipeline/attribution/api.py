@@ -13,6 +13,7 @@ from calig.pipeline.attribution.methods import create_method
 from calig.pipeline.attribution.model import ExplainableModel
 from calig.pipeline.attribution.objective import ClassLogit, Objective, Unbound, as_objective, resolve_target
 from calig.pipeline.attribution.result import Attribution
+from calig.pipeline.attribution.structure import Blocks
 from calig.pipeline.errors import InputError
 
 
@@ -25,6 +26,8 @@ def attribute(
     objective: Objective | Unbound | Callable[[Any], Tensor] | None = None,
     tokenizer: Any = None,
     special_tokens_mask: Tensor | None = None,
+    blocks: Blocks | None = None,
+    embedding: str | nn.Module | None = None,
     **options: Any,
 ) -> Attribution | list[Attribution]:
     """Attribute a model's decision to its input tokens.
@@ -32,16 +35,20 @@ def attribute(
     Works in every context (training, `no_grad`, `inference_mode`, autocast) and leaves the model as it was.
 
     Args:
-        model: A Hugging Face classifier, or an `ExplainableModel` around one.
-        batch: What the model's forward takes: `input_ids` (B, T), `attention_mask` (B, T) and so on.
+        model: A Hugging Face classifier or a module of your own, or an `ExplainableModel` around one.
+        batch: What the model's forward takes, by name: `input_ids` (B, T), `attention_mask` (B, T) and so on, or
+            `pixel_values` (B, C, H, W).
         method: One of `available_methods()`.
         target: Class to explain: None or "predicted", "label" (from `batch["labels"]`), an index, one index per
             example (B,), or K per example (B, K).
         objective: What to explain instead of a class logit: `Contrast(1, 0)`, `NextToken(token_id)` of a causal
             language model, `Regression()`, any `Objective`, or a callable from the model's output to one scalar per
             row; excludes `target`.
-        tokenizer: Names special tokens and the tokens of the `mask` and `unk` baselines.
+        tokenizer: Names special tokens and the tokens of the `mask` and `unk` baselines; for images the image
+            processor.
         special_tokens_mask: (B, T) 1 on special tokens; without it the tokenizer, then the model's config decide.
+        blocks: Where the blocks of a module of your own are, if not found; see `ExplainableModel`.
+        embedding: Its word embedding, likewise.
         **options: Options of the method, for example `steps=16`, `baseline="pad"`, `path="shared"`, `lam=0.5`.
 
     Returns:
@@ -62,10 +69,12 @@ def attribute(
         raise InputError("give either a target or an objective, not both.")
     explainer = create_method(method, options)
     if isinstance(model, ExplainableModel):
+        if blocks is not None or embedding is not None:
+            raise InputError("give `blocks` and `embedding` to ExplainableModel(...), not beside one.")
         other = tokenizer is not None and tokenizer is not model.tokenizer
         wrapped = model.with_tokenizer(tokenizer) if other else model
     else:
-        wrapped = ExplainableModel(model, tokenizer=tokenizer)
+        wrapped = ExplainableModel(model, tokenizer=tokenizer, blocks=blocks, embedding=embedding)
     with wrapped.session():
         inputs = wrapped.prepare(batch, special_tokens_mask)
         if objective is not None:
@@ -74,7 +83,8 @@ def attribute(
             labels = batch.get("labels")
             indices = resolve_target(target, wrapped.logits(inputs), labels)
             goals = [ClassLogit(indices)] if indices.ndim == 1 else [ClassLogit(column) for column in indices.T]
-        if not inputs.special.any() and not wrapped.names_special_tokens and special_tokens_mask is None:
+        text = inputs.pixels is None
+        if text and not inputs.special.any() and not wrapped.names_special_tokens and special_tokens_mask is None:
             warnings.warn(
                 "no special tokens are known (no mask, no tokenizer, none in the model's config): only padding and "
                 "the read-out position are kept in the baseline. Pass `tokenizer=` or `special_tokens_mask=`.",

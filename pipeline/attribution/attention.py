@@ -1,8 +1,8 @@
-"""Recording attention maps through the attention interface of transformers.
+"""Recording attention maps, and hiding positions from attention, through the attention interface of transformers.
 
-The recorder wraps the family's own eager function, so that scale, soft cap, windows, repeated key-value heads and
-position biases stay the model's business. It is registered together with a mask function: without one, transformers
-passes no mask and causality is lost without a word.
+The functions registered here wrap the family's own eager function, so that scale, soft cap, windows, repeated key-value
+heads and position biases stay the model's business. They are registered together with a mask function: without one,
+transformers passes no mask and causality is lost without a word.
 """
 
 from __future__ import annotations
@@ -13,20 +13,48 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from calig.pipeline.attribution.wrapping import UnsupportedModelError
+from calig.pipeline.errors import InputError
+
 RECORDER = "calig_recorder"
 _maps: ContextVar[list[Tensor] | None] = ContextVar("calig_attention_maps", default=None)
+_kept: ContextVar[Tensor | None] = ContextVar("calig_kept_keys", default=None)
 
 
-def _record(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    keep = _kept.get()
+    if keep is not None:
+        args, kwargs = _with_hidden_keys(keep, args, kwargs)
     output, weights = eager_function(module)(module, *args, **kwargs)
     maps = _maps.get()
     if maps is not None:
         maps.append(weights)
     return output, weights
+
+
+def _with_hidden_keys(
+    keep: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments (query, key, value, mask, ...) of an attention call with the keys outside `keep` masked."""
+    key: Tensor = args[1] if len(args) > 1 else kwargs["key"]
+    if key.shape[0] != keep.shape[0] or key.shape[-2] != keep.shape[1]:
+        raise InputError(
+            f"hidden_keys got a mask of shape {tuple(keep.shape)}; the pass has {key.shape[0]} rows of {key.shape[-2]} "
+            "positions."
+        )
+    lowest = torch.finfo(key.dtype).min
+    bias = torch.where(keep.to(key.device), 0.0, lowest).to(key.dtype)[:, None, None]
+    given = args[3] if len(args) > 3 else kwargs.get("attention_mask")
+    # Clamped, because a row in which no key is left would not be a number; nobody reads such a row.
+    mask = bias if given is None else (given + bias).clamp_min(lowest)
+    if len(args) > 3:
+        return (*args[:3], mask, *args[4:]), kwargs
+    return args, {**kwargs, "attention_mask": mask}
 
 
 def eager_function(module: nn.Module) -> Any:
@@ -36,10 +64,12 @@ def eager_function(module: nn.Module) -> Any:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:
             return function
-    raise AttributeError(f"no eager_attention_forward beside {type(module).__name__}")
+    raise UnsupportedModelError(
+        f"the attention of {type(module).__name__} cannot be opened: there is no `eager_attention_forward` beside it."
+    )
 
 
-AttentionInterface.register(RECORDER, _record)
+AttentionInterface.register(RECORDER, _attend)
 AttentionMaskInterface.register(RECORDER, eager_mask)
 
 
@@ -47,14 +77,30 @@ def uses_attention_interface(model: PreTrainedModel | None) -> bool:
     """Whether the recorder can be switched on in this model: tried, verified, and undone."""
     if model is None:
         return False
-    previous = model.config._attn_implementation
     try:
-        model.set_attn_implementation(RECORDER)
-        return model.config._attn_implementation == RECORDER
+        with _implementation(model):
+            return model.config._attn_implementation == RECORDER
     except (ValueError, ImportError):
         return False
+
+
+@contextmanager
+def _implementation(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context the model attends through this file; afterwards every part of it as before."""
+    configs = {
+        id(part.config): (part.config, part.config._attn_implementation)
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel)
+    }
+    try:
+        model.set_attn_implementation(RECORDER)
+        yield
     finally:
-        model.set_attn_implementation(previous or "eager")
+        model.set_attn_implementation(configs[id(model.config)][1] or "eager")
+        # Towers inside a model may run on implementations of their own.
+        for config, previous in configs.values():
+            if config._attn_implementation != previous and previous is not None:
+                config._attn_implementation = previous
 
 
 @contextmanager
@@ -64,12 +110,38 @@ def recorded_attention(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     They come in call order, are in the graph of the output, and are exactly what multiplies the values. The model's
     own implementation is back afterwards, also after an exception.
     """
-    previous = model.config._attn_implementation
     maps: list[Tensor] = []
     token = _maps.set(maps)
     try:
-        model.set_attn_implementation(RECORDER)
-        yield maps
+        with _implementation(model):
+            yield maps
     finally:
         _maps.reset(token)
-        model.set_attn_implementation(previous or "eager")
+
+
+@contextmanager
+def hidden_keys(model: PreTrainedModel, keep: Tensor) -> Iterator[None]:
+    """Within the context, no query of any block sees the positions outside `keep` (METHODS 0: tokens hidden as keys).
+
+    For a head that reads positions that are kept, this is what removing the others behind the embedding would give.
+    A head that averages all positions still averages the hidden ones.
+
+    Args:
+        model: The Hugging Face model that attends; it must use the attention interface.
+        keep: (N, T) true on the positions that stay visible; passes in the context have N rows of T positions.
+
+    Raises:
+        UnsupportedModelError: The family does not use the attention interface.
+        InputError: A pass of another shape than `keep`.
+    """
+    if not uses_attention_interface(model):
+        raise UnsupportedModelError(
+            f"'{model.config.model_type}' does not use the attention interface of transformers, so no positions can be "
+            "hidden from its attention."
+        )
+    token = _kept.set(keep.bool())
+    try:
+        with _implementation(model):
+            yield
+    finally:
+        _kept.reset(token)

@@ -1,4 +1,7 @@
-"""Baselines (METHODS 0): the word-embedding rows at content positions are replaced; ids, mask and positions stay."""
+"""Baselines (METHODS 0): the word-embedding rows at content positions are replaced; ids, mask and positions stay.
+
+Of images the pixels are replaced, so that patches, positions and special tokens are embedded by the model itself.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calig.pipeline.attribution.cuts import require_cuts
 from calig.pipeline.attribution.methods.base import Baseline
 from calig.pipeline.attribution.model import ExplainableModel, Inputs, Trace, UnsupportedModelError
+from calig.pipeline.attribution.pixels import baseline_pixels
 from calig.pipeline.errors import InputError
 
 
@@ -25,7 +30,8 @@ def baseline_trace(model: ExplainableModel, inputs: Inputs, rows: Tensor, baseli
         The pass of x': its states are b^0 to b^L, its output holds f(x').
 
     Raises:
-        InputError: The baseline needs a token that the model or tokenizer does not have.
+        InputError: The baseline needs a token that the model or tokenizer does not have, or is not one of this input.
+        UnsupportedModelError: There is nowhere to put it, or what enters the blocks is not all that the output sees.
     """
     batch, content = inputs.select(rows), inputs.content[rows]
     with torch.no_grad():
@@ -33,41 +39,69 @@ def baseline_trace(model: ExplainableModel, inputs: Inputs, rows: Tensor, baseli
             entry = model.trace(batch).states[0]
             assert entry is not None  # a pass from layer 0 records its entry
             return model.trace(batch, state=torch.where(content[..., None], torch.zeros_like(entry), entry))
-        embedding = model.structure.embedding
-        if embedding is None:
-            raise UnsupportedModelError(f"'{model.structure.family}' has no word embedding to put a baseline into.")
-        row = _embedding_row(model, baseline)
-
-        used = False
-
-        def replace(_module: Any, _args: Any, output: Tensor) -> Tensor:
-            nonlocal used
-            used = True
-            return torch.where(content[..., None], row.to(output.dtype), output)
-
-        handle = embedding.register_forward_hook(replace)
-        try:
-            trace = model.trace(batch)
-        finally:
-            handle.remove()
-        if not used:
-            # Else the baseline would be the input, and every score 0 without a word.
-            raise UnsupportedModelError(
-                f"the word embedding of '{model.structure.family}' ({type(embedding).__name__}) does not run in its "
-                f"forward pass, so the baseline '{baseline}' cannot be put there; take baseline='zero'."
+        if inputs.pixels is None:
+            trace = _text_trace(model, batch, content, baseline)
+        else:
+            trace = model.trace(
+                {**batch, inputs.pixels: baseline_pixels(batch[inputs.pixels], baseline, model.tokenizer)}
             )
+        require_cuts(model, inputs.select(rows[:1]), trace.output, {0: trace.states[0]})
         return trace
+
+
+def _text_trace(model: ExplainableModel, batch: dict[str, Any], content: Tensor, baseline: Baseline) -> Trace:
+    embedding = model.structure.embedding
+    if embedding is None:
+        raise UnsupportedModelError(
+            f"'{model.structure.family}' has no word embedding to put a baseline into; name it with `embedding=`, or "
+            "take baseline='zero'."
+        )
+    row = _embedding_row(model, baseline)
+    used = False
+
+    def replace(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        nonlocal used
+        used = True
+        where = content if output.shape[:2] == content.shape else content.T
+        if output.shape[:2] != where.shape:
+            raise UnsupportedModelError(
+                f"the word embedding of '{model.structure.family}' ({type(embedding).__name__}) returned shape "
+                f"{tuple(output.shape)} for tokens of shape {tuple(content.shape)}, so the baseline '{baseline}' "
+                "cannot be put there; name another with `embedding=`, or take baseline='zero'."
+            )
+        return torch.where(where[..., None], row.to(output.dtype), output)
+
+    handle = embedding.register_forward_hook(replace)
+    try:
+        trace = model.trace(batch)
+    finally:
+        handle.remove()
+    if not used:
+        # Else the baseline would be the input, and every score 0 without a word.
+        raise UnsupportedModelError(
+            f"the word embedding of '{model.structure.family}' ({type(embedding).__name__}) does not run in its "
+            f"forward pass, so the baseline '{baseline}' cannot be put there; name another with `embedding=`, or take "
+            "baseline='zero'."
+        )
+    return trace
 
 
 def _embedding_row(model: ExplainableModel, baseline: Baseline) -> Tensor:
     embedding = model.structure.embedding
     assert embedding is not None  # the caller checked
-    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    if baseline in ("black", "blur"):
+        raise InputError(f"baseline '{baseline}' is for images; text takes pad, mask, unk, mean or zero.")
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise UnsupportedModelError(
+            f"the embedding of '{model.structure.family}' ({type(embedding).__name__}) has no table of word vectors; "
+            "name one with `embedding=`, or take baseline='zero'."
+        )
     if baseline == "mean":
         return _mean_row(embedding, weight)
     token = getattr(model.tokenizer, f"{baseline}_token_id", None)
     if token is None and baseline == "pad":
-        token = getattr(model.structure.config, "pad_token_id", None)
+        token = getattr(model.structure.config, "pad_token_id", getattr(embedding, "padding_idx", None))
         if token is None:
             return _mean_row(embedding, weight)
     if token is None:

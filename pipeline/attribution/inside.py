@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calig.pipeline.attribution.baselines import baseline_trace
+from calig.pipeline.attribution.cuts import require_cuts
 from calig.pipeline.attribution.methods.base import Baseline
 from calig.pipeline.attribution.model import ExplainableModel, Inputs, Trace, UnsupportedModelError
 from calig.pipeline.attribution.objective import Objective
@@ -160,6 +161,12 @@ def layer_evidence(
 
     if path == "shared":
         return refine(line(0, layers))
+    if any(layers):
+        # A tail is only a function of its layer's state if nothing is carried past it.
+        one = inputs.select(torch.zeros(1, dtype=torch.long, device=model.device))
+        with torch.no_grad():
+            output = model.trace(one, state=_first(ends.origin[0])).output
+        require_cuts(model, one, output, {layer: ends.origin[layer] for layer in layers})
     parts = [
         refine(line(layer, [layer]))
         if steps == "auto"
@@ -173,6 +180,11 @@ def layer_evidence(
         torch.cat(bounds, dim=1) if bounds else None,
         torch.stack([part.steps_used for part in parts]).amax(dim=0),
     )
+
+
+def _first(state: Tensor | None) -> Tensor:
+    assert state is not None  # the straight path keeps every layer
+    return state[:1]
 
 
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]

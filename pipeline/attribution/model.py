@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from calig.pipeline.attribution.attention import recorded_attention, uses_attention_interface
-from calig.pipeline.attribution.structure import Structure, UnsupportedModelError, find_structure
+from calig.pipeline.attribution.entry import entry_of, fixed_positions, state_name, state_of
+from calig.pipeline.attribution.structure import Blocks, Structure, UnsupportedModelError, find_structure
 from calig.pipeline.attribution.wrapping import refuse_prompt_tuning, suspended, unwrap
 from calig.pipeline.errors import InputError
 
@@ -33,11 +34,13 @@ class Inputs:
         batch: What the model's forward takes, cloned, so that tensors made under inference mode can be used.
         mask: (B, T) true on real positions.
         special: (B, T) true on real special tokens.
+        pixels: Key of the images (B, C, H, W) in `batch`; None where the input is not images.
     """
 
     batch: dict[str, Any]
     mask: Tensor
     special: Tensor
+    pixels: str | None = None
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -49,11 +52,20 @@ class Inputs:
 
     def seed_of(self, row: int, seed: int) -> int:
         """A seed from an example's own input: the same in every batch, on every process, at every amount of padding."""
+        digest = hashlib.sha256(repr((seed, self.content_of(row))).encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
+    def content_of(self, row: int) -> list[Any]:
+        """What tells an example from others, whatever its batch and padding: its token ids, else its tensors."""
         if "input_ids" in self.batch:
-            own: Any = self.batch["input_ids"][row, self.mask[row]].tolist()
-        else:
-            own = self.batch["pixel_values"][row].cpu().flatten().tolist()
-        return int.from_bytes(hashlib.sha256(repr((seed, own)).encode()).digest()[:8], "little") >> 1
+            return self.batch["input_ids"][row, self.mask[row]].tolist()
+        one = self.select(torch.tensor([row], device=self.mask.device))
+        own = [value[0] for key, value in one.items() if isinstance(value, Tensor) and value.shape[:1] == (1,)]
+        size = self.mask.shape[1]
+        return [
+            (value[self.mask[row]] if value.shape[:1] == (size,) else value).float().cpu().flatten().tolist()
+            for value in own
+        ]
 
     def select(self, rows: Tensor) -> dict[str, Any]:
         """The forward's arguments for the examples `rows` (N,), which may repeat."""
@@ -89,6 +101,22 @@ def forward_inputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
     return {key: value for key, value in batch.items() if key != "labels" and (takes_all or key in names)}
 
 
+def _given_special(mask: Tensor | None, batch: Mapping[str, Any], real: Tensor) -> Tensor | None:
+    """(B, T) the special tokens that the caller named, by argument or in the batch; None if not."""
+    given = batch.get("special_tokens_mask") if mask is None else mask
+    if given is None:
+        return None
+    if given.shape != real.shape:
+        raise InputError(f"special_tokens_mask has shape {tuple(given.shape)}; expected (B, T), {tuple(real.shape)}.")
+    return given.detach().clone().to(real.device).bool()
+
+
+def _without_attention() -> str:
+    from calig.pipeline.attribution.methods import available_methods, method_class
+
+    return ", ".join(name for name in available_methods() if not method_class(name).needs_attention)
+
+
 class ExplainableModel:
     """Wraps a live model; it is never copied, converted or left changed.
 
@@ -96,21 +124,38 @@ class ExplainableModel:
         model: A Hugging Face model, or any module whose blocks are an `nn.ModuleList` of one type and take the states
             as their first argument. Wrappers around it (DistributedDataParallel, torch.compile, PEFT) are looked
             through, compiled and checkpointed parts run plainly while it is explained.
-        tokenizer: Names the special tokens and the `mask` and `unk` baselines; optional.
+        tokenizer: Names the special tokens and the `mask` and `unk` baselines; for images the image processor, which
+            says what black and the mean colour are after normalisation. Optional.
         max_tokens: Rows times tokens of one internal pass: the memory budget. Does not change results.
+        blocks: Where the blocks are, where they are not found or others are meant: the dotted path of their container
+            (`"encoder.layers"`), or the modules in order.
+        embedding: The word embedding, likewise: its dotted path, or the module.
 
     Raises:
         UnsupportedModelError: The blocks cannot be found, or an adapter adds positions to the input.
+        InputError: `blocks` or `embedding` name nothing in the model.
     """
 
-    def __init__(self, model: nn.Module, *, tokenizer: Any = None, max_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any = None,
+        max_tokens: int = 8192,
+        blocks: Blocks | None = None,
+        embedding: str | nn.Module | None = None,
+    ) -> None:
         refuse_prompt_tuning(model)
         self.module = unwrap(model)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.structure: Structure = find_structure(self.module)
+        self.structure: Structure = find_structure(self.module, blocks=blocks, embedding=embedding)
+        self.cuts: set[int] = set()
+        """Layers whose state was seen to be all that the rest of the network sees (`require_cuts`)."""
         self._depth: int | None = None
-        self._returns_tuple = False
+        self._rest: tuple[None, ...] | None = None  # what a block returns beside its state; None: the bare state
+        self._tokens_first = False
+        self._fixed: dict[tuple[int, ...], Tensor] = {}
         self._has_interface: bool | None = None
         self._warned_of_left_padding = False
         self._warned_of_precision = False
@@ -160,19 +205,29 @@ class ExplainableModel:
 
     def with_tokenizer(self, tokenizer: Any) -> ExplainableModel:
         """The same live model with another tokenizer."""
-        return ExplainableModel(self.module, tokenizer=tokenizer, max_tokens=self.max_tokens)
+        return ExplainableModel(
+            self.module,
+            tokenizer=tokenizer,
+            max_tokens=self.max_tokens,
+            blocks=self.structure.blocks,
+            embedding=self.structure.embedding,
+        )
 
     # ------------------------------------------------------------------------------------------------ inputs
 
     def prepare(self, batch: Mapping[str, Any], special_tokens_mask: Tensor | None = None) -> Inputs:
-        """Clone a batch for the engine and find its real and special positions.
+        """Clone a batch for the engine and find its real and special positions, in an open session.
 
         Args:
-            batch: What the model's forward takes; keys it does not take are left out. `labels` are left out too.
-            special_tokens_mask: (B, T) 1 on special tokens; else the tokenizer's, else the model config's ids decide.
+            batch: What the model's forward takes; keys it does not take are left out. `labels` are left out too. Every
+                tensor whose first size is B holds one entry per example. `attention_mask` (B, T) names the real
+                positions even if the forward of a plain module does not take it; without one all are real.
+            special_tokens_mask: (B, T) 1 on special tokens; else the tokenizer's, else the model config's ids decide;
+                of images, the positions that do not depend on the pixels.
 
         Raises:
-            InputError: No `input_ids`, or a mask of another shape.
+            InputError: Neither text nor images nor any tensor, or a mask of another shape.
+            UnsupportedModelError: The blocks work on other positions than the batch has.
         """
         kept = {
             key: value.detach().clone().to(self.device) if isinstance(value, Tensor) else value
@@ -180,7 +235,7 @@ class ExplainableModel:
         }
         ids = kept.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2:
-            raise InputError(f"the batch needs `input_ids` of shape (B, T); it has {sorted(batch)}.")
+            return self._prepare_other(kept, batch, special_tokens_mask)
         pad = getattr(self.structure.config, "pad_token_id", None)
         mask = kept.get("attention_mask", torch.ones_like(ids)).bool()
         if mask.shape != ids.shape:
@@ -192,16 +247,66 @@ class ExplainableModel:
                 "if its logits do not depend on the side; else set tokenizer.padding_side = 'right'.",
                 stacklevel=3,
             )
-        if special_tokens_mask is None:
-            special_tokens_mask = batch.get("special_tokens_mask")
-        if special_tokens_mask is None:
+        special = _given_special(special_tokens_mask, batch, mask)
+        if special is None:
             known = [*self._special_ids(), *([pad] if isinstance(pad, int) else [])]
             special = torch.isin(ids, torch.tensor(known, device=ids.device, dtype=ids.dtype))
-        else:
-            special = special_tokens_mask.detach().clone().to(ids.device).bool()
-            if special.shape != ids.shape:
-                raise InputError(f"special_tokens_mask has shape {tuple(special.shape)}, input_ids {tuple(ids.shape)}.")
-        return Inputs(kept, mask, special & mask)
+        inputs = Inputs(kept, mask, special & mask)
+        found = self._entry_tokens(inputs.select(torch.zeros(1, dtype=torch.long, device=ids.device))).shape[1]
+        if found != ids.shape[1]:
+            raise UnsupportedModelError(
+                f"the blocks of '{self.structure.family}' work on {found} positions where the batch has {ids.shape[1]} "
+                "tokens. A model that pads its input to a multiple of its window (Longformer) needs that done outside, "
+                "tokenizer(..., pad_to_multiple_of=WINDOW); one that pools tokens or adds some cannot be explained."
+            )
+        return inputs
+
+    def _prepare_other(
+        self, kept: dict[str, Any], batch: Mapping[str, Any], special_tokens_mask: Tensor | None
+    ) -> Inputs:
+        """Images, and whatever else a plain module takes: the number of positions is that of the first block."""
+        tensors = {key: value for key, value in kept.items() if isinstance(value, Tensor) and value.ndim > 0}
+        if not tensors:
+            raise InputError(
+                "the batch needs `input_ids` (B, T), `pixel_values` (B, C, H, W) or another tensor that the forward of "
+                f"'{self.structure.family}' takes; it has {sorted(batch)}."
+            )
+        images = [key for key, value in tensors.items() if value.ndim == 4 and value.is_floating_point()]
+        pixels = "pixel_values" if "pixel_values" in images else images[0] if len(images) == 1 else None
+        size = len(tensors[pixels or next(iter(tensors))])
+        nothing = torch.ones(size, 0, dtype=torch.bool, device=self.device)
+        one = Inputs(kept, nothing, nothing).select(torch.zeros(1, dtype=torch.long, device=self.device))
+        tokens = self._entry_tokens(one).shape[1]
+        given = batch.get("attention_mask")
+        mask = torch.ones(size, tokens, dtype=torch.bool, device=self.device)
+        if isinstance(given, Tensor):
+            if given.shape != mask.shape:
+                raise InputError(f"attention_mask has shape {tuple(given.shape)}; expected {tuple(mask.shape)}.")
+            mask = given.detach().clone().to(self.device).bool()
+        special = _given_special(special_tokens_mask, batch, mask)
+        if special is None and pixels is not None:
+            shape = tuple(one[pixels].shape)
+            if shape not in self._fixed:
+                self._fixed[shape] = fixed_positions(
+                    lambda image: self._entry_tokens({**one, pixels: image}), one[pixels], self.structure.family
+                )
+            special = self._fixed[shape].expand_as(mask)
+        return Inputs(kept, mask, torch.zeros_like(mask) if special is None else special & mask, pixels)
+
+    def _entry_tokens(self, one: Mapping[str, Any]) -> Tensor:
+        """(1, T, D) what enters the blocks for a batch of one; tells which of the block's axes holds the tokens."""
+        entry = entry_of(self.module, self.structure, one)
+        if 1 not in entry.shape[:2]:
+            raise UnsupportedModelError(
+                f"the blocks of '{self.structure.family}' got a tensor of shape {tuple(entry.shape)} for a batch of "
+                "one; expected (1, tokens, width) or (tokens, 1, width)."
+            )
+        self._tokens_first = entry.shape[0] != 1
+        return self._turn(entry)
+
+    def _turn(self, state: Tensor) -> Tensor:
+        """Between the engine's (N, T, D) and the block's own layout, in both directions."""
+        return state.transpose(0, 1) if self._tokens_first else state
 
     @property
     def names_special_tokens(self) -> bool:
@@ -209,7 +314,7 @@ class ExplainableModel:
         return bool(self._special_ids())
 
     def _special_ids(self) -> list[int]:
-        if self.tokenizer is not None:
+        if hasattr(self.tokenizer, "all_special_ids"):  # an image processor has none
             return list(self.tokenizer.all_special_ids)
         config = self.structure.config
         found: list[int] = []
@@ -247,7 +352,8 @@ class ExplainableModel:
         if attention and len(trace.attentions) != self._depth:
             raise UnsupportedModelError(
                 f"'{self.structure.family}' has {self._depth} blocks but recorded {len(trace.attentions)} attention "
-                "maps; methods that need one map per block cannot work on it."
+                "maps; methods that need one map per block cannot work on it. Methods that work on it: "
+                f"{_without_attention()}."
             )
         return trace
 
@@ -262,18 +368,20 @@ class ExplainableModel:
                 nonlocal calls
                 call, calls = calls, calls + 1
                 if call < start:
-                    if call == start - 1:
+                    skipped = state_of(original, args, kwargs, self.structure)
+                    if call == start - 1 and state is not None:
                         trace.states.append(state)
-                        return self._like_block(state)
-                    return self._like_block(args[0] if args else kwargs["hidden_states"])
+                        skipped = self._turn(state)
+                    return skipped if self._rest is None else (skipped, *self._rest)
                 if call == 0:
-                    entry = state if state is not None else self._entry(args, kwargs).detach().requires_grad_()
+                    own = state_of(original, args, kwargs, self.structure)
+                    entry = state if state is not None else self._turn(own).detach().requires_grad_()
                     trace.states.append(entry)
-                    args, kwargs = self._with_entry(entry, args, kwargs)
-                result = original(*args, **kwargs)
-                self._returns_tuple = isinstance(result, tuple)
-                trace.states.append(result[0] if isinstance(result, tuple) else result)
-                return result
+                    if args:
+                        args = (self._turn(entry), *args[1:])
+                    else:
+                        kwargs = {**kwargs, str(state_name(original, kwargs)): self._turn(entry)}
+                return self._record(trace, original(*args, **kwargs))
 
             return forward
 
@@ -289,35 +397,34 @@ class ExplainableModel:
                 else:
                     block.__dict__["forward"] = previous
 
-    def _like_block(self, state: Any) -> Any:
-        return (state,) if self._returns_tuple else state
-
-    def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        entry = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(entry, Tensor) or entry.ndim != 3:
+    def _record(self, trace: Trace, result: Any) -> Any:
+        """Keep the state that a block returned; gives back what the block's caller gets."""
+        several = isinstance(result, tuple | list)
+        state, before = result[0] if several else result, trace.states[-1]
+        expected = None if before is None else self._turn(before).shape
+        if not isinstance(state, Tensor) or state.shape != expected:
+            found = f"shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
             raise UnsupportedModelError(
-                f"the blocks of '{self.structure.family}' do not take a (batch, tokens, width) tensor as their first "
-                "argument; looked at the nn.ModuleList with most parameters."
+                f"a block of '{self.structure.family}' took states of shape {tuple(expected or ())} and returned "
+                f"{found}. Attributions follow the same tokens through every layer; models that merge or pool them on "
+                "the way (Swin, Funnel) cannot be explained layer by layer."
             )
-        return entry
-
-    @staticmethod
-    def _with_entry(
-        entry: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return ((entry, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entry})
+        self._rest = (None,) * (len(result) - 1) if several else None
+        recorded = self._turn(state)
+        trace.states.append(recorded)
+        if not self._tokens_first:
+            return result
+        # What goes on is made from what was recorded, so that the recorded state lies in the graph.
+        return (self._turn(recorded), *result[1:]) if several else self._turn(recorded)
 
     def require_interface(self) -> Any:
         """The Hugging Face model whose attention can be recorded, or UnsupportedModelError."""
         if self._has_interface is None:
             self._has_interface = uses_attention_interface(self.structure.host)
         if not self._has_interface:
-            from calig.pipeline.attribution.methods import available_methods, method_class
-
-            names = [name for name in available_methods() if not method_class(name).needs_attention]
             raise UnsupportedModelError(
                 f"'{self.structure.family}' does not use the attention interface of transformers, so its attention "
-                f"maps cannot be recorded. Methods that work on it: {', '.join(names)}."
+                f"maps cannot be recorded. Methods that work on it: {_without_attention()}."
             )
         return self.structure.host
 

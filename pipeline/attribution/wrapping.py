@@ -1,8 +1,9 @@
 """What people put around a model, taken off or suspended while the engine works, and back afterwards.
 
 Wrappers that only forward to the model (DistributedDataParallel, `torch.compile(model)`, a PEFT model) are looked
-through. What acts inside it (compiled parts, gradient checkpointing) is switched off for the length of a session: a
-compiled block knows nothing of the hooks that the engine sets, and a checkpointed one runs twice.
+through. What acts inside it (compiled parts, gradient checkpointing, fused encoder layers) is switched off for the
+length of a session: a compiled block knows nothing of the hooks that the engine sets, a checkpointed one runs twice,
+and torch's own encoder hands nested tensors to its fused layers.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def is_peft(module: nn.Module) -> bool:
 
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
-    """Within the context, nothing inside the model runs compiled or checkpointed; afterwards all is as it was."""
+    """Within the context, nothing inside the model runs compiled, checkpointed or fused; afterwards all is as before."""
+    fused = torch.backends.mha.get_fastpath_enabled()
     checkpointed = [module for module in model.modules() if vars(module).get("gradient_checkpointing") is True]
     with ExitStack() as stack:
         # The stance covers every way to compile: a module, a part in place, a function inside. Graphs stay cached, so
@@ -61,10 +63,12 @@ def suspended(model: nn.Module) -> Iterator[None]:
         if "torch._dynamo.eval_frame" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             for module in checkpointed:
                 module.gradient_checkpointing = False  # type: ignore[assignment]
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
             for module in checkpointed:
                 module.gradient_checkpointing = True  # type: ignore[assignment]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from calig.pipeline.attribution.objective import Objective
     from calig.pipeline.attribution.result import Attribution
 
-Baseline = Literal["pad", "mask", "unk", "mean", "zero"]
+Baseline = Literal["pad", "mask", "unk", "mean", "zero", "black", "blur"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class BaselineOptions:
     """Options of a method that compares the input with a baseline (METHODS 0, Baselines)."""
 
     baseline: Baseline = "pad"
-    """What stands at the content positions of the baseline; `pad` becomes `mean` where there is no pad token."""
+    """What stands at the content positions of the baseline; `pad` becomes `mean` where there is no pad token, so on
+    images too. `black` and `blur` are for images, `mask` and `unk` for text."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""Baselines of images (METHODS 0): pixels are replaced, so that patches, positions and [CLS] stay the model's own.
+
+Shapes: B images of C channels, height H and width W, as the model takes them: after the processor's normalisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calig.pipeline.errors import InputError
+
+BLUR = 1 / 20  # standard deviation of the blur as a share of the longer side: 11 pixels at 224
+
+
+def baseline_pixels(pixels: Tensor, baseline: str, processor: Any) -> Tensor:
+    """The pixels of the baseline x'.
+
+    Args:
+        pixels: (B, C, H, W).
+        baseline: `black`; `mean` (and `pad`, which becomes `mean` where there is no pad token): the data set's mean
+            colour; or `blur`, a Gaussian blur of the image itself.
+        processor: The image processor, which says how pixels were normalised. Without one `mean` is 0, which is the
+            mean colour of every model that normalises its input.
+
+    Raises:
+        InputError: A baseline of text, or `black` without a processor.
+    """
+    if baseline == "blur":
+        return blur(pixels)
+    if baseline in ("mean", "pad"):
+        return _colour(pixels, processor, black=False) if processor is not None else torch.zeros_like(pixels)
+    if baseline == "black":
+        if processor is None:
+            raise InputError(
+                "baseline 'black' needs to know how pixels were normalised; pass the image processor as `tokenizer=`, "
+                "or take 'mean' or 'blur'."
+            )
+        return _colour(pixels, processor, black=True)
+    raise InputError(f"baseline '{baseline}' is for text; images take black, mean, blur or zero.")
+
+
+def blur(pixels: Tensor) -> Tensor:
+    """A Gaussian blur of (B, C, H, W), cut off at three standard deviations, edges continued outwards."""
+    sigma = BLUR * max(pixels.shape[-2:])
+    reach = max(1, round(3 * sigma))
+    offsets = torch.arange(-reach, reach + 1, dtype=pixels.dtype, device=pixels.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(pixels.shape[1], 1, 1, -1)
+    padded = nn.functional.pad(pixels, (reach,) * 4, mode="replicate")
+    rows = nn.functional.conv2d(padded, kernel, groups=pixels.shape[1])
+    return nn.functional.conv2d(rows, kernel.transpose(2, 3), groups=pixels.shape[1])
+
+
+def _colour(pixels: Tensor, processor: Any, *, black: bool) -> Tensor:
+    """One colour per channel, taken through the processor's scaling and normalisation."""
+    processor = getattr(processor, "image_processor", processor)
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    normalised = getattr(processor, "do_normalize", False) and mean is not None and std is not None
+    if mean is None and not black:
+        raise InputError(
+            f"baseline 'mean' needs the mean colour, and {type(processor).__name__} has no `image_mean`; take 'black' "
+            "or 'blur'."
+        )
+    # `image_mean` is in the unit that pixels have after rescaling.
+    raw = torch.zeros(pixels.shape[1]) if black else _per_channel(mean, pixels)
+    if normalised:
+        raw = (raw - _per_channel(mean, pixels)) / _per_channel(std, pixels)
+    return raw.to(pixels)[:, None, None].expand_as(pixels).clone()
+
+
+def _per_channel(values: Any, pixels: Tensor) -> Tensor:
+    found = torch.as_tensor(values, dtype=torch.float32).flatten()
+    if len(found) not in (1, pixels.shape[1]):
+        raise InputError(
+            f"the image processor has {len(found)} channel means, the images have {pixels.shape[1]} channels."
+        )
+    return found.expand(pixels.shape[1])
