@@ -26,35 +26,40 @@ _maps: ContextVar[list[Tensor] | None] = ContextVar("calig_attention_maps", defa
 _kept: ContextVar[Tensor | None] = ContextVar("calig_kept_keys", default=None)
 
 
-def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    keep = _kept.get()
-    if keep is not None:
-        args, kwargs = _with_hidden_keys(keep, args, kwargs)
-    output, weights = eager_function(module)(module, *args, **kwargs)
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    mask = args[0] if args else kwargs.pop("attention_mask", None)
+    output, weights = eager_function(module)(module, query, key, value, _finite(_hide(mask, key)), *args[1:], **kwargs)
     maps = _maps.get()
     if maps is not None:
         maps.append(weights)
     return output, weights
 
 
-def _with_hidden_keys(
-    keep: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments (query, key, value, mask, ...) of an attention call with the keys outside `keep` masked."""
-    key: Tensor = args[1] if len(args) > 1 else kwargs["key"]
-    if key.shape[0] != keep.shape[0] or key.shape[-2] != keep.shape[1]:
+def _hide(mask: Tensor | None, key: Tensor) -> Tensor | None:
+    """An additive mask that also hides the keys (N, H, T, D) outside the positions kept by `hidden_keys`."""
+    keep = _kept.get()
+    if keep is None:
+        return mask
+    if (key.shape[0], key.shape[-2]) != keep.shape:
         raise InputError(
             f"hidden_keys got a mask of shape {tuple(keep.shape)}; the pass has {key.shape[0]} rows of {key.shape[-2]} "
             "positions."
         )
-    lowest = torch.finfo(key.dtype).min
-    bias = torch.where(keep.to(key.device), 0.0, lowest).to(key.dtype)[:, None, None]
-    given = args[3] if len(args) > 3 else kwargs.get("attention_mask")
-    # Clamped, because a row in which no key is left would not be a number; nobody reads such a row.
-    mask = bias if given is None else (given + bias).clamp_min(lowest)
-    if len(args) > 3:
-        return (*args[:3], mask, *args[4:]), kwargs
-    return args, {**kwargs, "attention_mask": mask}
+    hidden = torch.zeros_like(keep, dtype=key.dtype, device=key.device)
+    hidden = hidden.masked_fill(~keep.to(key.device), _lowest(key.dtype))[:, None, None]
+    return hidden if mask is None else mask + hidden
+
+
+def _finite(mask: Tensor | None) -> Tensor | None:
+    # Two masks on one entry overflow, and the eager softmax runs in float32, where the minimum of float64 does too: a
+    # row in which no key is left would not be a number. Nobody reads such a row, but zero times NaN is NaN.
+    if mask is None or not mask.is_floating_point():
+        return mask
+    return mask.clamp_min(_lowest(mask.dtype))
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
 
 
 def eager_function(module: nn.Module) -> Any:

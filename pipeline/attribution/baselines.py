@@ -71,11 +71,18 @@ def _text_trace(model: ExplainableModel, batch: dict[str, Any], content: Tensor,
             )
         return torch.where(where[..., None], row.to(output.dtype), output)
 
-    handle = embedding.register_forward_hook(replace)
+    # Families that share their table between stacks (T5) have a module of its own for each.
+    tables = [
+        part
+        for part in model.module.modules()
+        if part is embedding or (isinstance(part, nn.Embedding) and part.weight is embedding.weight)
+    ]
+    handles = [table.register_forward_hook(replace) for table in tables]
     try:
         trace = model.trace(batch)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if not used:
         # Else the baseline would be the input, and every score 0 without a word.
         raise UnsupportedModelError(

@@ -69,7 +69,8 @@ def readout_weights(gradient: Tensor, mask: Tensor) -> Tensor:
     if (count == 0).all():
         raise UnsupportedModelError(
             "the objective does not depend on the last block's output, so nothing can be attributed through the "
-            "blocks; is the head connected to them, and are its weights not all zero?"
+            "blocks; is the head connected to them, does it read real tokens (not padding: pad on the other side), and "
+            "are its weights not all zero?"
         )
     return torch.where(finite & (count > 0), seen.to(gradient.dtype) / count.clamp_min(1), torch.nan)
 

@@ -54,7 +54,7 @@ def is_peft(module: nn.Module) -> bool:
 
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
-    """Within the context, nothing inside the model runs compiled, checkpointed or fused; afterwards all is as before."""
+    """Within the context, nothing inside the model runs compiled, checkpointed or fused; then all is as before."""
     fused = torch.backends.mha.get_fastpath_enabled()
     checkpointed = [module for module in model.modules() if vars(module).get("gradient_checkpointing") is True]
     with ExitStack() as stack:
