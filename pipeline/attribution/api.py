@@ -83,8 +83,8 @@ def attribute(
             labels = batch.get("labels")
             indices = resolve_target(target, wrapped.logits(inputs), labels)
             goals = [ClassLogit(indices)] if indices.ndim == 1 else [ClassLogit(column) for column in indices.T]
-        text = inputs.pixels is None
-        if text and not inputs.special.any() and not wrapped.names_special_tokens and special_tokens_mask is None:
+        told = special_tokens_mask is not None or "special_tokens_mask" in batch or inputs.pixels is not None
+        if not told and not inputs.special.any() and not wrapped.names_special_tokens:
             warnings.warn(
                 "no special tokens are known (no mask, no tokenizer, none in the model's config): only padding and "
                 "the read-out position are kept in the baseline. Pass `tokenizer=` or `special_tokens_mask=`.",

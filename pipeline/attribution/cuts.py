@@ -35,12 +35,15 @@ def require_cuts(
     Raises:
         UnsupportedModelError: The output does not follow the state of some layer.
     """
+    expected = [value[:1] for value in _values(output)]
+    if not all(value.isfinite().all() for value in expected):
+        return  # such an example says nothing; its own scores report it
     for layer, state in states.items():
         if layer in model.cuts or state is None:
             continue
         again = model.trace(batch, start=layer, state=state[:1])
-        for wanted, found in zip(_values(output), _values(again.output), strict=True):
-            if not _same(wanted[:1], found[:1]):
+        for wanted, found in zip(expected, _values(again.output), strict=True):
+            if not _same(wanted, found[:1]):
                 where = "enters block 1" if layer == 0 else f"leaves block {layer}"
                 raise UnsupportedModelError(
                     f"what {where} of '{model.structure.family}' is not all that the rest of the network sees: with "
@@ -63,8 +66,7 @@ def _values(output: Any) -> list[Tensor]:
 
 
 def _same(wanted: Tensor, found: Tensor) -> bool:
-    # An example that is not finite says nothing; it is reported by its own scores.
-    if wanted.shape != found.shape or not wanted.isfinite().all():
-        return wanted.shape == found.shape
-    tolerance = 1e-3 if wanted.element_size() >= 4 else 0.1
-    return bool((wanted - found).abs().max() <= tolerance * max(1.0, float(wanted.abs().max())))
+    # Wide enough for other kernels at another batch size, also in TF32; what is carried past changes far more.
+    tolerance = 0.01 if wanted.element_size() >= 4 else 0.1
+    scale = max(0.01, float(wanted.abs().max()))
+    return wanted.shape == found.shape and bool((wanted - found).abs().max() <= tolerance * scale)

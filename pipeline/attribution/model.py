@@ -301,7 +301,8 @@ class ExplainableModel:
                 f"the blocks of '{self.structure.family}' got a tensor of shape {tuple(entry.shape)} for a batch of "
                 "one; expected (1, tokens, width) or (tokens, 1, width)."
             )
-        self._tokens_first = entry.shape[0] != 1
+        if entry.shape[:2] != (1, 1):  # one token tells nothing
+            self._tokens_first = entry.shape[0] != 1
         return self._turn(entry)
 
     def _turn(self, state: Tensor) -> Tensor:
