@@ -83,22 +83,22 @@ def uses_attention_interface(model: PreTrainedModel | None) -> bool:
     if model is None:
         return False
     try:
-        with _implementation(model):
+        with implementation(model):
             return model.config._attn_implementation == RECORDER
     except (ValueError, ImportError):
         return False
 
 
 @contextmanager
-def _implementation(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context the model attends through this file; afterwards every part of it as before."""
+def implementation(model: PreTrainedModel, name: str = RECORDER) -> Iterator[None]:
+    """Within the context the model attends through a registered function; afterwards every part of it as before."""
     configs = {
         id(part.config): (part.config, part.config._attn_implementation)
         for part in model.modules()
         if isinstance(part, PreTrainedModel)
     }
     try:
-        model.set_attn_implementation(RECORDER)
+        model.set_attn_implementation(name)
         yield
     finally:
         model.set_attn_implementation(configs[id(model.config)][1] or "eager")
@@ -118,7 +118,7 @@ def recorded_attention(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     maps: list[Tensor] = []
     token = _maps.set(maps)
     try:
-        with _implementation(model):
+        with implementation(model):
             yield maps
     finally:
         _maps.reset(token)
@@ -146,7 +146,7 @@ def hidden_keys(model: PreTrainedModel, keep: Tensor) -> Iterator[None]:
         )
     token = _kept.set(keep.bool())
     try:
-        with _implementation(model):
+        with implementation(model):
             yield
     finally:
         _kept.reset(token)

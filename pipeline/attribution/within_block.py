@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from calig.pipeline.attribution.attention import eager_function
+from calig.pipeline.attribution.attention import eager_function, implementation
 from calig.pipeline.attribution.model import ExplainableModel, Inputs, UnsupportedModelError
 
 INTERFACE = "calig_within_block"
@@ -62,14 +62,12 @@ AttentionMaskInterface.register(INTERFACE, eager_mask)
 @contextmanager
 def attention_calls(host: PreTrainedModel, handler: AttentionHandler) -> Iterator[None]:
     """Within the context, every attention call of the model is the handler's."""
-    previous = host.config._attn_implementation
     token = _handler.set(handler)
     try:
-        host.set_attn_implementation(INTERFACE)
-        yield
+        with implementation(host, INTERFACE):
+            yield
     finally:
         _handler.reset(token)
-        host.set_attn_implementation(previous or "eager")
 
 
 class _Captured(Exception):
