@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ({"calig.pipeline.errors"}, 0),
     ({"calig.pipeline.attribution", "calig.pipeline.config", "calig.pipeline.compose", "calig.pipeline.validate"}, 0),
+    ({"calig.pipeline.metrics.names"}, 0),
     ({"calig.pipeline.metrics", "calig.pipeline.records", "calig.pipeline.render"}, 1),
     ({"calig.pipeline.explainer", "calig.pipeline.explanation", "calig.pipeline.loading"}, 1),
     ({"calig.pipeline.calibrating", "calig.pipeline.calibration"}, 1),
@@ -79,6 +80,7 @@ def test_rooms_import_from_their_own_floor_or_below(path):
         ("calig.pipeline", ("torch", "lightning", "wandb", "omegaconf", "transformers")),
         ("calig.pipeline.attribution", ("torch", "lightning", "wandb", "omegaconf", "transformers")),
         ("calig.pipeline.attribution.api", ("lightning", "wandb", "omegaconf", "torchmetrics", "datasets")),
+        ("calig.pipeline.metrics.names", ("torch", "lightning", "wandb", "omegaconf")),
         ("calig.pipeline.metrics.faithfulness", ("lightning", "wandb", "omegaconf")),
         ("calig.pipeline.render.report", ("torch", "lightning", "wandb", "omegaconf", "matplotlib.pyplot")),
         ("calig.pipeline.config", ("torch", "lightning", "wandb", "transformers")),

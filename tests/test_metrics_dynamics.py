@@ -32,3 +32,11 @@ def test_drift_equals_scipy_and_the_padding_does_not_matter():
     assert got[2].isnan()
     assert torch.equal(got[:2], drift(now, before.masked_fill(~evaluable, 7.0), evaluable)[:2])
     assert drift(now, now, evaluable)[:2].tolist() == [1.0, 1.0]
+
+
+def test_a_nan_stays_one():
+    mask = torch.ones(1, 2).bool()
+    broken = torch.tensor([[1.0, float("nan")]])
+    assert special_share(broken, ~mask, mask).isnan().all()
+    assert layer_profile(broken[None], mask).isnan().all()
+    assert drift(broken, torch.tensor([[1.0, 2.0]]), mask).isnan().all()

@@ -1,8 +1,8 @@
 import math
-import random
 
 import pytest
 import torch
+from known_models import CLS, MASK, PAD, SEP, TOKENS, bag_of_words, collate, measure, table, texts
 
 from calig.pipeline.errors import InputError
 from calig.pipeline.metrics import (
@@ -16,53 +16,7 @@ from calig.pipeline.metrics import (
     summarise,
 )
 
-PAD, MASK, BOS, CLS, SEP, VOCABULARY = 0, 1, 2, 3, 4, 50
-TOKENS = PerturbationTokens(pad_id=PAD, mask_id=MASK, empty_id=BOS)
 BINS = (0.01, 0.05, 0.1, 0.2, 0.5)
-
-
-def bag_of_words(seed=0, scale=0.4):
-    """A linear model: the logits are the sum of one vector per visible token; MASK and special tokens say nothing."""
-    weight = torch.randn(VOCABULARY, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.double) * scale
-    weight[:5] = 0
-
-    def forward(batch):
-        return (weight[batch["input_ids"]] * batch["attention_mask"].unsqueeze(-1)).sum(1)
-
-    return forward, weight
-
-
-def texts(lengths, seed=0):
-    draw = random.Random(seed)
-    return [[CLS, *(draw.randrange(5, VOCABULARY) for _ in range(n)), SEP] for n in lengths]
-
-
-def collate(rows, extra=0):
-    width = max(map(len, rows)) + extra
-    ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
-    mask = ids != PAD
-    return {"input_ids": ids, "attention_mask": mask.long()}, (ids == CLS) | (ids == SEP), mask
-
-
-def measure(forward, rows, scores, target, ids=None, extra=0, **options):
-    batch, special, mask = collate(rows, extra)
-    width = mask.shape[1]
-    scores = {m: torch.stack([torch.nn.functional.pad(s, (0, width - len(s))) for s in v]) for m, v in scores.items()}
-    return faithfulness_rows(
-        forward,
-        batch,
-        scores,
-        target=torch.as_tensor(target),
-        special=special,
-        mask=mask,
-        sample_ids=list(range(len(rows))) if ids is None else ids,
-        tokens=TOKENS,
-        **options,
-    )
-
-
-def table(rows):
-    return {tuple(row[name] for name in list(row)[:-1]): row["value"] for row in rows}
 
 
 def test_pure_functions():

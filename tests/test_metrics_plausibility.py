@@ -15,7 +15,12 @@ from calig.pipeline.metrics import (
 
 def by_key(rows):
     assert len({tuple(list(row.values())[:-1]) for row in rows}) == len(rows)
-    return {(row["sample_id"], row["method"], row["control"], row["metric"]): row["value"] for row in rows}
+    return {
+        (row["sample_id"], row["method"], row["control"], row["metric"], *([row["q"]] if row["q"] else [])): row[
+            "value"
+        ]
+        for row in rows
+    }
 
 
 def test_word_scores():
@@ -95,7 +100,8 @@ def test_rows_by_hand():
     order = random_rank(torch.ones(3, dtype=torch.bool), seed=0, sample_id=4).tolist()
     assert rows[4, "random", "random", "token_f1"] == len({1, 2} & set(order[:2])) / 2
     assert rows[4, "random", "random", "token_f1@absolute"] == rows[4, "random", "random", "token_f1"]
-    assert len(rows) == 4 + 4 * 2 + 2  # random, the method with its reversal, base rates
+    # random and the method with its reversal, signed and absolute: 5 numbers and the curve; base rates
+    assert len(rows) == 3 * 2 * (5 + 8) + 2
 
 
 def test_reversed_breaks_ties_the_other_way():

@@ -1,11 +1,13 @@
 import math
+import random
 from fractions import Fraction
 
 import pytest
 import torch
 
 from calig.pipeline.errors import InputError
-from calig.pipeline.metrics import count, random_rank, rank, reverse
+from calig.pipeline.metrics import as_scores, count, random_rank, random_scores, rank, reverse
+from calig.pipeline.metrics.curves import ACCURACY_GRID, GRID
 
 BIN_TABLE = {  # N -> k(q) for q = 0, .01, .05, .1, .2, .5, 1; frozen
     1: [0, 1, 1, 1, 1, 1, 1],
@@ -16,6 +18,22 @@ BIN_TABLE = {  # N -> k(q) for q = 0, .01, .05, .1, .2, .5, 1; frozen
     12: [0, 1, 1, 2, 3, 6, 12],
     100: [0, 1, 5, 10, 20, 50, 100],
 }
+
+GRID_TABLE = {  # N -> k(q) for q = 0, .1, ..., 1; frozen
+    1: [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    2: [0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2],
+    3: [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3],
+    5: [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5],
+    8: [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8],
+    12: [0, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12],
+    100: [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100],
+}
+
+
+@pytest.mark.parametrize("n", GRID_TABLE)
+def test_grid_table(n):
+    assert [count(q, n) for q in GRID] == GRID_TABLE[n]
+    assert GRID[:-1] == ACCURACY_GRID and GRID == (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
 
 @pytest.mark.parametrize("n", BIN_TABLE)
@@ -85,3 +103,20 @@ def test_random_rank_is_uniform():
     evaluable = torch.ones(4, dtype=torch.bool)
     firsts = torch.tensor([random_rank(evaluable, seed=0, sample_id=i)[0].item() for i in range(2000)])
     assert torch.bincount(firsts).min() > 420
+
+
+def test_random_scores_rank_as_the_random_control_and_are_frozen():
+    evaluable = torch.tensor([0, 1, 1, 1, 1, 0], dtype=torch.bool)
+    ranking = random_rank(evaluable, seed=0, sample_id=3)
+    scores = random_scores(ranking, 6, seed=0, sample_id=3)
+    assert rank(scores, evaluable).tolist() == ranking.tolist()
+    assert scores[~evaluable].tolist() == [0, 0] and scores.abs().max() < 1
+    by_hand = random.Random("0/3/scores")
+    assert scores[ranking].tolist() == pytest.approx(sorted((2 * by_hand.random() - 1 for _ in range(4)), reverse=True))
+    assert random_scores(ranking[:0], 6, seed=0, sample_id=3).tolist() == [0] * 6
+
+
+def test_scores_of_a_ranking_rank_as_it_does():
+    evaluable = torch.rand(30, generator=torch.Generator().manual_seed(0)) < 0.6
+    ranking = random_rank(evaluable, seed=1, sample_id=1)
+    assert rank(as_scores(ranking, 30), evaluable).tolist() == ranking.tolist()

@@ -54,8 +54,8 @@ def drift(scores_now: Tensor, scores_before: Tensor, evaluable: Tensor) -> Tenso
         evaluable: (B, T) bool, neither special nor padding.
 
     Returns:
-        (B,) float32 correlations on the CPU, NaN where undefined (fewer than two positions, or all scores equal): leave
-        those out and count them.
+        (B,) float32 correlations on the CPU, NaN where undefined (fewer than two positions, all scores equal, or one of
+        them NaN): leave those out and count them.
 
     Example:
         >>> drift(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[3.0, 2.0, 1.0]]), torch.ones(1, 3).bool())
@@ -66,4 +66,4 @@ def drift(scores_now: Tensor, scores_before: Tensor, evaluable: Tensor) -> Tenso
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
-    return torch.where(whole > 0, part / whole, 0.0)
+    return torch.where(whole == 0, 0.0, part / whole)  # a NaN stays one

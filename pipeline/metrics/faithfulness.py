@@ -1,7 +1,7 @@
-"""Does the model depend on what an explanation calls relevant? Comprehensiveness, sufficiency, log-odds (METRICS 2).
+"""Does the model depend on what an explanation calls relevant? The metrics that perturb the input (METRICS 2).
 
-Shapes: B examples, T positions, C classes, E examples that have evaluable positions, O operators, M rankings (the
-random control, then each method and its reversal), K bins.
+Shapes: B examples, T positions, E examples that have evaluable positions, O operators, M rankings (the random control,
+then each method and its reversal), S shares, D draws.
 """
 
 from __future__ import annotations
@@ -9,18 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from calig.pipeline.errors import InputError, unknown
+from calig.pipeline.metrics.curves import ACCURACY_GRID, GRID, deletion_auc, insertion_auc, perturbation_auc
+from calig.pipeline.metrics.draws import DRAWS, infidelity, removal_draws
+from calig.pipeline.metrics.names import DEFAULT_METRICS, FAITHFULNESS_METRICS, PERTURBATION_TARGETS
 from calig.pipeline.metrics.operators import PerturbationTokens
-from calig.pipeline.metrics.perturbation import TOKEN_BUDGET, Forward, Request, perturbed_logits
-from calig.pipeline.metrics.ranking import count, random_rank, rank, reverse
+from calig.pipeline.metrics.perturbation import TOKEN_BUDGET, Forward, Request
+from calig.pipeline.metrics.ranking import count, random_rank, random_scores, rank, reverse
+from calig.pipeline.metrics.readings import SPACES, Readings, read_requests
 from calig.pipeline.metrics.rows import MetricError, Row, make_row
 
 BINS = (0.01, 0.05, 0.1, 0.2, 0.5)  # ERASER's
-SPACES = ("probability", "logit")
+_IN_BOTH_SPACES = ("comprehensiveness", "sufficiency", "deletion_auc", "insertion_auc")
+_WITHOUT_REVERSED = ("positive_auc", "negative_auc", "infidelity")
+_OF_THE_KEPT = ("sufficiency", "insertion_auc")
+_SHARES = {"deletion_auc": GRID, "insertion_auc": GRID, "positive_auc": ACCURACY_GRID, "negative_auc": ACCURACY_GRID}
 
 
 def comprehensiveness(full: Tensor, removed: Tensor, *, per_bin: bool = False) -> Tensor:
@@ -88,18 +96,35 @@ def faithfulness_rows(
     mask: Tensor,
     sample_ids: Sequence[int],
     tokens: PerturbationTokens,
+    metrics: Sequence[str] = DEFAULT_METRICS,
     bins: Sequence[float] = BINS,
     operators: Sequence[str] = ("mask",),
     spaces: Sequence[str] = SPACES,
+    perturbation_target: str = "prediction",
+    labels: Tensor | None = None,
     seed: int = 0,
     token_budget: int = TOKEN_BUDGET,
 ) -> list[Row]:
-    """Measure several methods on one batch: rows per sample, method, control, metric, operator, space and bin.
+    """Measure several methods on one batch: rows per sample, method, control, metric, operator, space and share.
 
-    Metrics are `comprehensiveness` and `sufficiency` in every space, and `log_odds` with the space `probability`. A
-    row with `q` set holds one bin, the row with `q` None their mean. Each method comes with the control `reversed`;
-    the control `random` is shared by all and stands once, as method `random`, control `random`. An example without an
-    evaluable position has one row with the value None in place of each mean.
+    A row with `q` set holds one point, the row with `q` None the number: the mean over the bins, or the area under the
+    curve. An example without an evaluable position has one row with the value None in place of each number. Everything
+    that is asked of the batch is one list of requests, so identical inputs run once.
+
+    | metric | spaces | `q` | controls |
+    |---|---|---|---|
+    | `comprehensiveness`, `sufficiency` | ``spaces`` | ``bins`` | `none`, `reversed`, `random` |
+    | `log_odds` (if ``spaces`` has it) | `probability` | ``bins`` | `none`, `reversed`, `random` |
+    | `deletion_auc`, `insertion_auc` | ``spaces`` | 0, .1, ..., 1 | `none`, `reversed`, `random` |
+    | `positive_auc`, `negative_auc` | None | 0, .1, ..., .9 | `none`, `random` |
+    | `infidelity` | `logit` | - | `none`, `random` |
+
+    The control `random` is shared by all methods and stands once, as method `random`, control `random`.
+    `positive_auc` and `negative_auc` remove in the method's order and in its exact reversal, so that each is the
+    other's control `reversed`, which is not written twice; a random order serves both. Their rows with `q` are 1 where
+    the prediction is still the reference and else 0; at q = 0 they hold the base accuracy. Infidelity reads the
+    scores, not their ranking, and its scale b has either sign, so a reversal would say nothing; its control `random`
+    has random scores. It is always in logits, whatever ``spaces`` says.
 
     Args:
         forward: (n, C) logits of a padded batch, see `perturbed_logits`.
@@ -110,52 +135,133 @@ def faithfulness_rows(
         mask: (B, T) bool, real positions.
         sample_ids: B ids.
         tokens: The ids that perturbed texts are built with.
+        metrics: Of `FAITHFULNESS_METRICS`.
         bins: Shares q, multiples of 0.001.
         operators: Of `mask`, `delete`, `attention`.
         spaces: Of `probability`, `logit`.
-        seed: Of the random control.
+        perturbation_target: What `positive_auc` and `negative_auc` compare the prediction with: the `prediction` for
+            the whole input, or the `label`.
+        labels: (B,) classes, for the perturbation target `label`.
+        seed: Of the random control and of the draws of infidelity.
         token_budget: See `perturbed_logits`.
 
     Raises:
-        InputError: Shapes, bins, operators, spaces or targets that do not fit.
+        InputError: Metrics, shapes, bins, operators, spaces, targets or labels that do not fit.
         MetricError: A score or a value is not finite; names the sample and the method.
     """
     ids = [int(i) for i in torch.as_tensor(sample_ids).tolist()]
+    metrics = list(dict.fromkeys(metrics))
     _check(batch, scores, target, special, mask, ids, bins, operators, spaces)
+    _check_metrics(metrics, perturbation_target, labels, len(ids))
     for operator in operators:
         tokens.check(operator)
     evaluable = (mask.bool() & ~special.bool()).cpu()
     present = [b for b in range(len(ids)) if bool(evaluable[b].any())]
-    rankings = [("random", "random"), *((method, control) for method in scores for control in ("none", "reversed"))]
-
-    requests = [Request(b, torch.ones_like(evaluable[b]), operators[0]) for b in present]
-    for b in present:
-        ranked = _ranked(scores, evaluable[b], b, ids[b], seed)
-        kept = [keep for ranking in ranked for keep in keeps(ranking, bins, evaluable[b])]
-        requests += [Request(b, keep, operator) for operator in operators for keep in kept]
-    values: dict[tuple[str, str], Tensor] = {}
+    labels = labels if perturbation_target == "label" else None
     if present:
-        logits = perturbed_logits(
-            forward, batch, requests, tokens=tokens, special=special, mask=mask, token_budget=token_budget
-        ).double()
-        full, perturbed = logits[: len(present)], logits[len(present) :]
-        shape = (len(present), len(operators), len(rankings), 2, len(bins), logits.shape[1])
-        values = _values(full, perturbed.view(shape), target.cpu()[present], spaces)
+        plan = _plan(scores, evaluable, present, ids, metrics, bins, operators, seed)
+        readings = read_requests(
+            forward,
+            batch,
+            plan.requests,
+            target=target,
+            labels=labels,
+            tokens=tokens,
+            special=special,
+            mask=mask,
+            token_budget=token_budget,
+        )
+        reference = readings.predicted[: len(present)] if labels is None else labels.cpu()[present]
 
     rows: list[Row] = []
     absent = [b for b in range(len(ids)) if b not in present]
-    named = [(name, space) for space in spaces for name in ("comprehensiveness", "sufficiency")]
-    named += [("log_odds", "probability")] * ("probability" in spaces)
-    for name, space in named:
-        table = values[name, space].tolist() if present else []
+    for name, space in _named(metrics, spaces):
+        controls = ("none",) if name in _WITHOUT_REVERSED else ("none", "reversed")
+        rankings = [("random", "random"), *product(scores, controls)]
+        shares = () if name == "infidelity" else _SHARES.get(name, bins)
+        table = _values(name, space, plan, readings, reference).tolist() if present else []
         for (o, operator), (m, (method, control)) in product(enumerate(operators), enumerate(rankings)):
             make = partial(make_row, method=method, control=control, metric=name, operator=operator, space=space)
             for b, of_example in zip(present, table, strict=True):
                 rows += [
-                    make(ids[b], value=value, q=q) for q, value in zip((*bins, None), of_example[o][m], strict=True)
+                    make(ids[b], value=value, q=q) for q, value in zip((*shares, None), of_example[o][m], strict=True)
                 ]
             rows += [make(ids[b], value=None) for b in absent]
     return rows
+
+
+def _named(metrics: Sequence[str], spaces: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield each metric with the spaces it is measured in."""
+    yield from ((name, space) for space in spaces for name in metrics if name in _IN_BOTH_SPACES)
+    for name in metrics:
+        if name == "log_odds" and "probability" in spaces:
+            yield name, "probability"
+        elif name in ("infidelity", "positive_auc", "negative_auc"):  # on one scale only
+            yield name, None
+
+
+class _Plan(NamedTuple):
+    """What to run, and where each metric finds its points among the requests.
+
+    Attributes:
+        requests: The E whole inputs, then everything perturbed.
+        points: Metric -> (E, O, M, S) requests.
+        removed: E tensors (D, N), the draws of infidelity.
+        scores: E tensors (1 + methods, N), the scores of the random control and of each method.
+        drawn: (E, O, D) the requests of the draws.
+    """
+
+    requests: list[Request]
+    points: dict[str, Tensor]
+    removed: list[Tensor]
+    scores: list[Tensor]
+    drawn: Tensor
+
+
+def _plan(
+    scores: Mapping[str, Tensor],
+    evaluable: Tensor,
+    present: Sequence[int],
+    ids: Sequence[int],
+    metrics: Sequence[str],
+    bins: Sequence[float],
+    operators: Sequence[str],
+    seed: int,
+) -> _Plan:
+    shares = {name: _SHARES.get(name, bins) for name in metrics if name != "infidelity"}
+    width = evaluable.shape[1]
+    requests = [Request(b, torch.ones_like(evaluable[b]), operators[0]) for b in present]
+    columns: dict[str, list[list[int]]] = {name: [] for name in shares}
+    starts: list[int] = []
+    removed, scored, drawn = [], [], []
+    for b in present:
+        n = int(evaluable[b].sum())
+        rankings = list(_ranked(scores, evaluable[b], b, ids[b], seed))
+        counts = {(name in _OF_THE_KEPT, count(q, n)) for name in shares for q in shares[name]}
+        column = {key: i for i, key in enumerate(sorted(counts))}  # methods ask for the same counts: once each
+        for name in shares:
+            columns[name].append([column[name in _OF_THE_KEPT, count(q, n)] for q in shares[name]])
+        keeps = []
+        for ranking in rankings:
+            place = torch.full((width,), n).scatter_(0, ranking, torch.arange(n))
+            keeps += [place < k if kept else place >= k for kept, k in column]
+        for operator in operators:
+            starts += [len(requests) + len(column) * m for m in range(len(rankings))]
+            requests += [Request(b, keep, operator) for keep in keeps]
+        if "infidelity" in metrics:
+            removed.append(removal_draws(n, seed=seed, sample_id=ids[b]))
+            by_chance = random_scores(rankings[0], width, seed=seed, sample_id=ids[b])
+            of_methods = [by_chance, *(values[b].detach().cpu() for values in scores.values())]
+            scored.append(torch.stack([values[evaluable[b]].double() for values in of_methods]))
+            stays = torch.ones(DRAWS, width, dtype=torch.bool)
+            stays[:, evaluable[b]] = ~removed[-1]
+            for operator in operators:
+                drawn.append(len(requests))
+                requests += [Request(b, keep, operator) for keep in stays]
+    first = torch.tensor(starts).view(len(present), len(operators), -1, 1)
+    points = {name: first + torch.tensor(columns[name]).view(len(present), 1, 1, -1) for name in shares}
+    draws = torch.tensor(drawn, dtype=torch.long).view(-1, len(operators), 1) + torch.arange(DRAWS)
+    return _Plan(requests, points, removed, scored, draws)
 
 
 def _ranked(
@@ -174,37 +280,47 @@ def _ranked(
         yield reverse(ranking)
 
 
-def keeps(ranking: Tensor, bins: Sequence[float], evaluable: Tensor) -> Iterator[Tensor]:
-    """Yield what stays of one example: without the top k(q) for every bin, then the top k(q) only for every bin."""
-    tops = []
-    for q in bins:
-        top = torch.zeros_like(evaluable)
-        top[ranking[: count(q, len(ranking))]] = True
-        tops.append(top)
-    yield from (~top for top in tops)
-    yield from tops
+def _values(name: str, space: str | None, plan: _Plan, readings: Readings, reference: Tensor) -> Tensor:
+    """Compute one metric: (E, O, rankings of the metric, S + 1), the number last."""
+    whole = readings[torch.arange(len(reference))]
+    if name == "infidelity":
+        drops = whole.logit.view(-1, 1, 1) - readings[plan.drawn].logit
+        examples = zip(plan.removed, plan.scores, drops, strict=True)
+        return torch.stack([torch.stack([infidelity(r, s, drop) for drop in of]) for r, s, of in examples]).unsqueeze(3)
+    at = readings[plan.points[name]]
+    if space is None:
+        correct = at.correct(reference.view(-1, 1, 1, 1))
+        # The random order stands first; behind it methods and their reversals take turns.
+        first = 1 if name == "positive_auc" else 2
+        points = torch.cat([correct[:, :, :1], correct[:, :, first::2]], 2)
+        number = perturbation_auc(points)
+    elif name in ("deletion_auc", "insertion_auc"):
+        points = at.value(space)
+        number = deletion_auc(points) if name == "deletion_auc" else insertion_auc(points)
+    elif name == "log_odds":
+        points = log_odds(whole.log_probability.view(-1, 1, 1), at.log_probability, per_bin=True)
+        number = points.mean(-1)
+    else:
+        compute = comprehensiveness if name == "comprehensiveness" else sufficiency
+        points = compute(whole.value(space).view(-1, 1, 1), at.value(space), per_bin=True)
+        number = points.mean(-1)
+    return torch.cat([points, number.unsqueeze(-1)], -1)
 
 
-def _values(full: Tensor, perturbed: Tensor, target: Tensor, spaces: Sequence[str]) -> dict[tuple[str, str], Tensor]:
-    """Compute all metrics from logits (E, C) and (E, O, M, 2, K, C): (metric, space) -> (E, O, M, K + 1), mean last."""
-    if bool(((target < 0) | (target >= full.shape[1])).any()):
-        raise InputError(f"targets {target.tolist()} must be classes from 0 to {full.shape[1] - 1}.")
-
-    def of_target(values_full: Tensor, values_perturbed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        index = target.view(-1, 1, 1, 1, 1, 1).expand(*values_perturbed.shape[:-1], 1)
-        chosen = values_perturbed.gather(-1, index).squeeze(-1)
-        return values_full.gather(1, target.unsqueeze(1)).view(-1, 1, 1), chosen[:, :, :, 0], chosen[:, :, :, 1]
-
-    values: dict[tuple[str, str], Tensor] = {}
-    for space in spaces:
-        transform = {"probability": lambda logits: logits.softmax(-1), "logit": lambda logits: logits}[space]
-        whole, removed, kept = of_target(transform(full), transform(perturbed))
-        values["comprehensiveness", space] = comprehensiveness(whole, removed, per_bin=True)
-        values["sufficiency", space] = sufficiency(whole, kept, per_bin=True)
-    if "probability" in spaces:
-        whole, removed, _ = of_target(full.log_softmax(-1), perturbed.log_softmax(-1))
-        values["log_odds", "probability"] = log_odds(whole, removed, per_bin=True)
-    return {key: torch.cat([value, value.mean(-1, keepdim=True)], -1) for key, value in values.items()}
+def _check_metrics(metrics: Sequence[str], perturbation_target: str, labels: Tensor | None, examples: int) -> None:
+    if not metrics:
+        raise InputError(f"metrics is empty: give at least one of {', '.join(FAITHFULNESS_METRICS)}.")
+    for name in metrics:
+        if name not in FAITHFULNESS_METRICS:
+            raise unknown("faithfulness metric", name, FAITHFULNESS_METRICS)
+    if perturbation_target not in PERTURBATION_TARGETS:
+        raise unknown("perturbation target", perturbation_target, PERTURBATION_TARGETS)
+    if perturbation_target == "label" and (labels is None or tuple(labels.shape) != (examples,)):
+        given = "none" if labels is None else f"the shape {tuple(labels.shape)}"
+        raise InputError(
+            f"the perturbation target 'label' needs one label for each of the {examples} examples; given {given}. "
+            "Give labels=..., or use 'prediction'."
+        )
 
 
 def _check(

@@ -108,7 +108,9 @@ def perturb_text(
     for name in dict.fromkeys(operator):
         tokens.check(name)
     index = torch.as_tensor(example, dtype=torch.long)
-    names = {name: torch.tensor([op == name for op in operator]).unsqueeze(1) for name in OPERATORS}
+    codes = {str(name): i for i, name in enumerate(OPERATORS)}
+    code = torch.tensor([codes[name] for name in operator], dtype=torch.uint8).unsqueeze(1)
+    names = {name: code == codes[name] for name in OPERATORS}
     real = mask.cpu().bool()[index]
     kept = (keep.cpu().bool() | special.cpu().bool()[index]) & real
     no_later_kept = kept.long().flip(1).cumsum(1).flip(1) == 0
@@ -119,11 +121,15 @@ def perturb_text(
         rows["input_ids"] = torch.where(names["mask"] & ~kept, tokens.mask_id, rows["input_ids"])
 
     lengths = fed.sum(1)
-    to_the_left = torch.argsort((~fed).long(), dim=1, stable=True)
-    padding = torch.arange(fed.shape[1]) >= lengths.unsqueeze(1)
+    width = fed.shape[1]
+    to_the_left = fed.cumsum(1) - 1
+    in_place = bool((~fed | (to_the_left == torch.arange(width))).all())
+    to_the_left.masked_fill_(~fed, width)  # what is not fed goes to a column that is cut off
     for key, fill in zip(TEXT_KEYS, (tokens.pad_id, 0, 0), strict=True):
-        if key in rows:
-            rows[key] = rows[key].gather(1, to_the_left).masked_fill(padding, fill)
+        if key in rows and in_place:
+            rows[key] = rows[key].masked_fill_(~fed, fill)
+        elif key in rows:
+            rows[key] = rows[key].new_full((len(fed), width + 1), fill).scatter_(1, to_the_left, rows[key])[:, :width]
 
     empty = lengths == 0
     if bool(empty.any()):

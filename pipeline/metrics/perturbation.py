@@ -1,18 +1,23 @@
-"""The perturbation planner: every distinct perturbed input of a batch runs once, in full batches of similar length."""
+"""The perturbation planner: every distinct perturbed input of a batch runs once, in full batches of similar length.
+
+Shapes: B examples, T positions of the batch, R requests, U distinct inputs among them, C classes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from calig.pipeline.errors import InputError
-from calig.pipeline.metrics.operators import PerturbationTokens, perturb_text
+from calig.pipeline.metrics.operators import TEXT_KEYS, PerturbationTokens, perturb_text
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
 TOKEN_BUDGET = 8192  # 64 texts of 128 tokens: full batches on a GPU, still small in a CPU's memory
+_CHUNK = 2**19  # positions perturbed at once: some 30 MiB of work space however many requests there are
+_HELD = 2**22  # logits that wait on the device: reading each batch at once would make the device wait for Python
 
 
 class Request(NamedTuple):
@@ -74,48 +79,101 @@ def perturbed_logits(
         tensor([[12.],
                 [18.]])
     """
+    logits, inverse = distinct_logits(
+        forward, batch, requests, tokens=tokens, special=special, mask=mask, token_budget=token_budget
+    )
+    return logits[inverse]
+
+
+def distinct_logits(
+    forward: Forward,
+    batch: Mapping[str, Tensor],
+    requests: Sequence[Request],
+    *,
+    tokens: PerturbationTokens,
+    special: Tensor,
+    mask: Tensor,
+    token_budget: int = TOKEN_BUDGET,
+) -> tuple[Tensor, Tensor]:
+    """Run requests as `perturbed_logits` does, and return what ran: less memory where many requests are the same.
+
+    Args:
+        forward: See `perturbed_logits`, and so for all arguments.
+        batch: (B, T) tensors.
+        requests: What to run.
+        tokens: The ids that perturbed texts are built with.
+        special: (B, T) bool, special tokens.
+        mask: (B, T) bool, real positions.
+        token_budget: Largest rows x length of one forward batch.
+
+    Returns:
+        (U, C) float32 logits on the CPU, one row per distinct input, and (R,) int64: the row of each request.
+
+    Raises:
+        InputError: See `perturbed_logits`.
+    """
     if not requests:
         raise InputError("there is nothing to run: the list of requests is empty.")
-    rows, lengths = perturb_text(
-        batch,
-        [request.example for request in requests],
-        torch.stack([request.keep.cpu() for request in requests]),
-        [request.operator for request in requests],
-        tokens=tokens,
-        special=special,
-        mask=mask,
-    )
-    unique, inverse = _distinct(rows)
-    logits, order = [], []
+    keys = [key for key in TEXT_KEYS if key in batch]
+    texts, lengths, inverse = _distinct(batch, requests, keys, tokens=tokens, special=special, mask=mask)
+    held: list[Tensor] = []
+    logits: list[Tensor] = []
+    order: list[int] = []
     with torch.inference_mode():
-        for chosen in _batches(unique, lengths.tolist(), token_budget):
-            length = int(lengths[chosen[0]])
-            fed = {key: row[chosen, :length].to(batch[key]) for key, row in rows.items()}
-            output = forward(fed)
+        for chosen in _batches(lengths, token_budget):
+            rows = torch.frombuffer(bytearray(b"".join([texts[i] for i in chosen])), dtype=torch.int32)
+            rows = rows.view(len(chosen), len(keys), -1)[..., : lengths[chosen[0]]]
+            output = forward({key: _like(rows[:, i], batch[key]) for i, key in enumerate(keys)})
             if output.dim() != 2 or len(output) != len(chosen):
                 raise InputError(f"forward returned {tuple(output.shape)}, expected logits ({len(chosen)}, C).")
-            logits.append(output.to("cpu", torch.float32))
+            held.append(output)
             order += chosen
-    place = {row: i for i, row in enumerate(order)}
-    return torch.cat(logits)[[place[unique[i]] for i in inverse]]
+            if sum(map(torch.numel, held)) > _HELD:
+                logits.append(torch.cat(held).to("cpu", torch.float32))
+                held.clear()
+        logits += [torch.cat(held).to("cpu", torch.float32)] if held else []
+    ran = torch.cat(logits)
+    of_text = torch.empty(len(order), dtype=torch.long).scatter_(0, torch.tensor(order), torch.arange(len(order)))
+    return ran, of_text[inverse]
 
 
-def _distinct(rows: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
-    """Return the first row of each distinct input, and for every row the index of its input among those."""
-    everything = torch.cat([rows[key] for key in sorted(rows)], dim=1).numpy()
+def _distinct(
+    batch: Mapping[str, Tensor], requests: Sequence[Request], keys: Sequence[str], **given: Any
+) -> tuple[list[bytes], list[int], Tensor]:
+    """Build all texts a chunk at a time.
+
+    Returns:
+        The U distinct texts, each the bytes of (keys, T) int32, their lengths, and (R,) int64: the text of a request.
+    """
+    given = {"special": given["special"].cpu(), "mask": given["mask"].cpu(), "tokens": given["tokens"]}
+    batch = {key: value.cpu() for key, value in batch.items()}
     seen: dict[bytes, int] = {}
-    unique: list[int] = []
+    lengths: list[int] = []
     inverse: list[int] = []
-    for i, row in enumerate(everything):
-        inverse.append(seen.setdefault(row.tobytes(), len(unique)))
-        if inverse[-1] == len(unique):
-            unique.append(i)
-    return unique, inverse
+    size = max(1, _CHUNK // max(1, len(requests[0].keep)))
+    for start in range(0, len(requests), size):
+        chunk = requests[start : start + size]
+        keep = torch.stack([request.keep.cpu() for request in chunk])
+        operators = [request.operator for request in chunk]
+        rows, ends = perturb_text(batch, [request.example for request in chunk], keep, operators, **given)
+        raw = torch.cat([rows[key] for key in keys], 1).int().numpy().tobytes()
+        width = len(raw) // len(chunk)
+        for i, length in enumerate(ends.tolist()):
+            place = seen.setdefault(raw[i * width : (i + 1) * width], len(lengths))
+            if place == len(lengths):
+                lengths.append(length)
+            inverse.append(place)
+    return list(seen), lengths, torch.tensor(inverse)
 
 
-def _batches(rows: Sequence[int], lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Yield batches of rows, longest first: the first batch needs the most memory, so too little shows at once."""
-    ordered = sorted(rows, key=lambda row: -lengths[row])
+def _like(values: Tensor, example: Tensor) -> Tensor:
+    """Bring values to the device and the dtype of ``example``; int32 travels, and the host does not wait for it."""
+    return values.contiguous().to(example.device, non_blocking=True).to(example.dtype)
+
+
+def _batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Yield batches of texts, longest first: the first batch needs the most memory, so too little shows at once."""
+    ordered = sorted(range(len(lengths)), key=lambda text: -lengths[text])
     start = 0
     while start < len(ordered):
         size = max(1, token_budget // lengths[ordered[start]])

@@ -87,3 +87,43 @@ def random_rank(evaluable: Tensor, *, seed: int, sample_id: int) -> Tensor:
     order = list(range(len(positions)))
     random.Random(f"{seed}/{sample_id}").shuffle(order)
     return positions[torch.tensor(order, dtype=torch.long)]
+
+
+def random_scores(ranking: Tensor, width: int, *, seed: int, sample_id: int) -> Tensor:
+    """Score positions at random so that they rank as ``ranking``: the control `random` of metrics that read scores.
+
+    Args:
+        ranking: (N,) positions, most relevant first, as `random_rank` returns them.
+        width: The number of positions T.
+        seed: The run's seed.
+        sample_id: The sample's id.
+
+    Returns:
+        (T,) float32 scores on the CPU, N uniform draws on [-1, 1) and 0 elsewhere.
+
+    Example:
+        >>> ranking = torch.tensor([2, 0])
+        >>> scores = random_scores(ranking, 4, seed=0, sample_id=7)
+        >>> rank(scores, torch.tensor([True, False, True, False])).tolist(), scores[1].item()
+        ([2, 0], 0.0)
+    """
+    draw = random.Random(f"{seed}/{sample_id}/scores").random
+    values = sorted((2 * draw() - 1 for _ in range(len(ranking))), reverse=True)
+    return torch.zeros(width).scatter_(0, ranking, torch.tensor(values))
+
+
+def as_scores(ranking: Tensor, width: int) -> Tensor:
+    """Turn a ranking into scores that rank so, to measure it like a method.
+
+    Args:
+        ranking: (N,) positions, most relevant first.
+        width: The number of positions T.
+
+    Returns:
+        (T,) float32 scores on the CPU: N, N - 1, ..., 1 and 0 elsewhere.
+
+    Example:
+        >>> as_scores(torch.tensor([3, 1]), 4).tolist()
+        [0.0, 1.0, 0.0, 2.0]
+    """
+    return torch.zeros(width).scatter_(0, ranking, torch.arange(len(ranking), 0, -1).float())

@@ -25,8 +25,10 @@ class MetricError(ValueError):
 class Row(TypedDict):
     """One value of one metric for one sample.
 
-    `value` is None where the metric is undefined for the sample (skipped and counted, never NaN). `q` is the bin, None
-    for a number without bins and for the mean over them. `operator` and `space` are None where nothing is perturbed.
+    `value` is None where the metric is undefined for the sample (skipped and counted, never NaN). `q` is the bin (a
+    share of the positions, or of the words), None for a number without bins and for the mean over them. `operator` and
+    `space` are None where nothing is perturbed; `space` also where a metric is defined on one scale only (an accuracy,
+    infidelity on logits).
     """
 
     sample_id: int

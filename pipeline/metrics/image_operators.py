@@ -1,0 +1,132 @@
+"""What it means to remove patches from an image: the operators `mask` and `blur` (METRICS 1).
+
+Shapes: B images, C channels, H x W pixels, R requests, N = rows x columns patches, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from calig.pipeline.errors import InputError, unknown
+
+ImageOperator = Literal["mask", "blur"]
+IMAGE_OPERATORS: tuple[ImageOperator, ...] = ("mask", "blur")
+_OF_THE_ENGINE = ("delete", "attention")
+
+
+def perturb_image(
+    pixels: Tensor,
+    example: Sequence[int],
+    keep: Tensor,
+    operator: str,
+    *,
+    grid: tuple[int, int],
+    mean: Tensor | None = None,
+    sigma: float | None = None,
+) -> Tensor:
+    """Build the perturbed images of R requests: patches that are not kept change, the others stay to the bit.
+
+    `mask` sets a patch to the data set's mean. `blur` takes the patch from the image blurred as a whole with a Gaussian
+    (cut at three sigma, edges reflected), so a blurred patch carries the colours of what surrounds it.
+
+    Args:
+        pixels: (B, C, H, W) float images, as the model takes them (normalised).
+        example: R indices into the batch.
+        keep: (R, N) bool, the patches that stay.
+        operator: `mask` or `blur`.
+        grid: Rows and columns of patches; they must divide H and W.
+        mean: For `mask`: (C,) or (C, H, W) in the units of ``pixels``; for images normalised by the data set's mean,
+            zeros.
+        sigma: Of the Gaussian, in pixels; half the longer side of a patch if None.
+
+    Returns:
+        (R, C, H, W) images, on the device and in the dtype of ``pixels``.
+
+    Raises:
+        InputError: An operator that is unknown or that pixels cannot express, shapes that do not fit, no mean for
+            `mask`, or a sigma that is not positive.
+
+    Example:
+        >>> image, keep = torch.ones(1, 1, 2, 4), torch.tensor([[True, False]])
+        >>> perturb_image(image, [0], keep, "mask", grid=(1, 2), mean=torch.zeros(1)).tolist()
+        [[[[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]]]
+    """
+    _check(pixels, example, keep, operator, grid)
+    height, width = pixels.shape[2] // grid[0], pixels.shape[3] // grid[1]
+    if operator == "mask":
+        filled = _mean_image(pixels, mean)
+    else:
+        filled = blurred(pixels, max(height, width) / 2 if sigma is None else sigma)
+    index = torch.as_tensor(example, dtype=torch.long, device=pixels.device)
+    stays = keep.to(pixels.device, torch.bool).view(-1, 1, *grid)
+    stays = stays.repeat_interleave(height, 2).repeat_interleave(width, 3)
+    return torch.where(stays, pixels[index], filled[index])
+
+
+def blurred(pixels: Tensor, sigma: float) -> Tensor:
+    """Blur images with a Gaussian, cut at three sigma and summing to one; edges are reflected.
+
+    Args:
+        pixels: (B, C, H, W) float images.
+        sigma: In pixels; cut short where the image is smaller than the kernel.
+
+    Returns:
+        (B, C, H, W) images.
+
+    Raises:
+        InputError: ``sigma`` is not positive.
+
+    Example:
+        >>> bool(torch.allclose(blurred(torch.ones(1, 1, 4, 4), 2.0), torch.ones(1, 1, 4, 4)))
+        True
+    """
+    if not 0 < sigma < float("inf"):
+        raise InputError(f"sigma = {sigma} must be positive: the width of the Gaussian in pixels.")
+    channels = pixels.shape[1]
+    for side in (2, 3):
+        radius = min(max(1, round(3 * sigma)), pixels.shape[side] - 1)  # a reflection cannot be longer than the image
+        offsets = torch.arange(-radius, radius + 1, dtype=torch.double)
+        kernel = torch.exp(-0.5 * (offsets / sigma).square())
+        kernel = (kernel / kernel.sum()).to(pixels)
+        shape = (1, 1, -1, 1) if side == 2 else (1, 1, 1, -1)
+        padding = (0, 0, radius, radius) if side == 2 else (radius, radius, 0, 0)
+        weight = kernel.view(shape).repeat(channels, 1, 1, 1)
+        pixels = functional.conv2d(functional.pad(pixels, padding, mode="reflect"), weight, groups=channels)
+    return pixels
+
+
+def _mean_image(pixels: Tensor, mean: Tensor | None) -> Tensor:
+    shape = tuple(pixels.shape[1:])
+    if mean is None:
+        raise InputError(
+            f"the operator 'mask' needs the data set's mean, of shape ({shape[0]},) or {shape}. Give mean=..., "
+            "or use the operator 'blur'."
+        )
+    if tuple(mean.shape) not in ((shape[0],), shape):
+        raise InputError(f"mean has the shape {tuple(mean.shape)}, expected ({shape[0]},) or {shape}.")
+    return (mean.view(-1, 1, 1) if mean.dim() == 1 else mean).to(pixels).expand(pixels.shape)
+
+
+def _check(pixels: Tensor, example: Sequence[int], keep: Tensor, operator: str, grid: tuple[int, int]) -> None:
+    if operator in _OF_THE_ENGINE:
+        raise InputError(
+            f"the operator '{operator}' drops patch tokens inside the model, which pixels cannot express: the engine "
+            "does it. Use 'mask' or 'blur' here."
+        )
+    if operator not in IMAGE_OPERATORS:
+        raise unknown("operator on images", operator, IMAGE_OPERATORS)
+    if pixels.dim() != 4 or min(grid) < 1 or pixels.shape[2] % grid[0] or pixels.shape[3] % grid[1]:
+        raise InputError(
+            f"pixels {tuple(pixels.shape)} cannot be cut into a grid of {grid[0]} x {grid[1]} patches: expected "
+            "(B, C, H, W) with H and W multiples of the grid."
+        )
+    if tuple(keep.shape) != (len(example), grid[0] * grid[1]):
+        raise InputError(
+            f"keep has the shape {tuple(keep.shape)}, expected ({len(example)}, {grid[0] * grid[1]}): one row per "
+            "request, one column per patch."
+        )

@@ -1,0 +1,27 @@
+"""The names of the metrics that a configuration chooses. Loads nothing, so that it can be checked without torch."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+FaithfulnessMetric = Literal[
+    "comprehensiveness",
+    "sufficiency",
+    "log_odds",
+    "deletion_auc",
+    "insertion_auc",
+    "positive_auc",
+    "negative_auc",
+    "infidelity",
+]
+FAITHFULNESS_METRICS: tuple[FaithfulnessMetric, ...] = get_args(FaithfulnessMetric)
+DEFAULT_METRICS: tuple[FaithfulnessMetric, ...] = ("comprehensiveness", "sufficiency", "log_odds")
+
+REPEATED_METRICS = ("sensitivity_max", "randomisation")
+"""Metrics that explain each sample again, many times."""
+
+METRICS: tuple[str, ...] = (*FAITHFULNESS_METRICS, *REPEATED_METRICS)
+"""What `explain.metrics` may name; metrics that cost next to nothing are always measured."""
+
+PerturbationTarget = Literal["prediction", "label"]
+PERTURBATION_TARGETS: tuple[PerturbationTarget, ...] = get_args(PerturbationTarget)
