@@ -25,7 +25,7 @@ from calig.pipeline.attribution.rollout import Fusion, Ingredients
 from calig.pipeline.errors import InputError
 from calig.pipeline.loading import rationale_by_word
 from calig.pipeline.metrics import PerturbationTokens, Request, bootstrap_interval, perturbed_logits, plausibility_rows
-from calig.pipeline.metrics.faithfulness import BINS, comprehensiveness, keeps, sufficiency
+from calig.pipeline.metrics.faithfulness import BINS, comprehensiveness, sufficiency
 from calig.pipeline.metrics.ranking import count, rank
 
 FUSIONS: tuple[Fusion, ...] = ("column", "diagonal", "gated", "late")
@@ -352,11 +352,7 @@ class Calibrator:
         """The objective for rankings of samples of a chunk, all in one call of the planner."""
         operator = self.settings.operator
         whole = [Request(b, torch.ones_like(evaluable[b]), operator) for b, _ in new]
-        parts = [
-            Request(b, keep, operator)
-            for b, ranking in new
-            for keep in keeps(torch.tensor(ranking), BINS, evaluable[b])
-        ]
+        parts = [Request(b, keep, operator) for b, ranking in new for keep in _keeps(ranking, evaluable[b])]
         with self.model.evaluation():
             logits = perturbed_logits(
                 self._forward, chunk.batch, [*whole, *parts], tokens=self.tokens, special=chunk.special, mask=chunk.mask
@@ -392,13 +388,23 @@ class Calibrator:
             )
             for row in rows:
                 wanted = (row["method"], row["control"], row["metric"]) == ("ca_lig", "none", self.settings.objective)
-                if wanted and row["value"] is not None:
+                if wanted and row["q"] is None and row["value"] is not None:
                     found[row["sample_id"]] = row["value"]
         return list(found.values())
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
         inputs = {key: value.to(self.model.device) for key, value in forward_inputs(self.model.module, batch).items()}
         return logits_of(self.model.module(**inputs)).float()
+
+
+def _keeps(ranking: Sequence[int], evaluable: Tensor) -> list[Tensor]:
+    """What stays of one example: without the top k(q) for every bin, then the top k(q) only for every bin."""
+    tops = []
+    for q in BINS:
+        top = torch.zeros_like(evaluable)
+        top[list(ranking[: count(q, len(ranking))])] = True
+        tops.append(top)
+    return [~top for top in tops] + tops
 
 
 def _ordered(ranking: list[int]) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from calig.pipeline.metrics.names import DEFAULT_METRICS, PerturbationTarget
+
 KNOWN_STAGES = ("fit", "test", "calibrate", "explain", "report")
 """The stages that ``stages`` may name; ``calibrate`` is passed over where no option asks for it."""
 
@@ -164,6 +166,17 @@ class ExplainConfig:
     max_steps: int = _key(129, "most nodes of steps=auto, which starts with 9", low=9)
     target: int | Literal["predicted", "label"] = _key("predicted", "class that is explained", low=0)
     operator: list[Operator] | Operator = _key("mask", "how the metrics remove tokens; one or a list")
+    metrics: list[str] = _key(
+        list(DEFAULT_METRICS),
+        "metrics of perturbed inputs and repeated explanations; those of rationales are always on",
+    )
+    limits: dict[str, int | None] = _key(
+        {"infidelity": 50, "sensitivity_max": 50, "randomisation": 50},
+        "metric or operator: how many of the samples it is measured on, a seeded choice (null: all)",
+    )
+    perturbation_target: PerturbationTarget = _key(
+        "prediction", "class whose accuracy positive_auc and negative_auc follow"
+    )
     strict: bool = _key(False, "end the stage at the first sample that fails")
     options: dict[str, dict[str, Any]] = _key({}, "explain.options.<method>.<option>; see `calig methods`")
 

@@ -6,8 +6,9 @@ One piece of code for the probe during training, the explain stage and `explain(
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,9 +25,13 @@ from calig.pipeline.metrics import (
     PerturbationTokens,
     faithfulness_rows,
     plausibility_rows,
+    randomisation_rows,
+    sensitivity_rows,
     special_share,
 )
+from calig.pipeline.metrics.names import DEFAULT_METRICS, FAITHFULNESS_METRICS, PerturbationTarget
 from calig.pipeline.metrics.rows import make_row
+from calig.pipeline.metrics.sensitivity import take_rows
 
 Rows = list[dict[str, Any]]
 
@@ -39,14 +44,22 @@ class ExplainSettings:
         methods: Method name -> its options, in order; the first is the primary one.
         target: `predicted`, `label` or a class index.
         operators: Perturbation operators of the faithfulness metrics; none leaves these metrics out.
+        metrics: Of `calig.pipeline.metrics.names.METRICS`.
+        only: Metric or operator -> the ids of the samples that it is measured on; all where it has no entry.
+        perturbation_target: Whose accuracy `positive_auc` and `negative_auc` follow.
+        dataset_length: Mean number of rationale words over the data set, None where there are no rationales.
         plausibility: Compare with rationales where a batch has them.
         strict: Raise at the first failure instead of keeping it as a row.
-        seed: Seed of the random controls.
+        seed: Seed of the random controls, the noise and the fresh weights.
     """
 
     methods: Mapping[str, Mapping[str, Any]]
     target: Literal["predicted", "label"] | int = "predicted"
     operators: Sequence[str] = ("mask",)
+    metrics: Sequence[str] = DEFAULT_METRICS
+    only: Mapping[str, Collection[int]] = field(default_factory=dict)
+    perturbation_target: PerturbationTarget = "prediction"
+    dataset_length: float | None = None
     plausibility: bool = True
     strict: bool = False
     seed: int = 0
@@ -54,6 +67,31 @@ class ExplainSettings:
     def __post_init__(self) -> None:
         for name, options in self.methods.items():
             create_method(name, options)
+
+    def wanted(self, names: Iterable[str], sample_id: int) -> tuple[str, ...]:
+        """Those of some metrics or operators that are measured on a sample."""
+        return tuple(name for name in names if name not in self.only or sample_id in self.only[name])
+
+
+def limited(ids: Iterable[int], limits: Mapping[str, int | None], seed: int) -> dict[str, frozenset[int]]:
+    """Choose the samples that each metric or operator with a limit is measured on.
+
+    The choice depends on the set of ids and the seed alone: not on batches, processes, or what is done already. A
+    smaller limit chooses among the samples of a larger one, so that metrics can be compared sample by sample.
+
+    Args:
+        ids: Of all samples that are explained.
+        limits: Name -> number of samples; None is no limit.
+        seed: The run's seed.
+
+    Example:
+        >>> chosen = limited(range(9), {"infidelity": 3, "randomisation": 2, "attention": None}, seed=0)
+        >>> {name: len(some) for name, some in chosen.items()}, chosen["randomisation"] < chosen["infidelity"]
+        ({'infidelity': 3, 'randomisation': 2}, True)
+    """
+    order = sorted(set(ids))
+    random.Random(f"limits/{seed}").shuffle(order)
+    return {name: frozenset(order[:count]) for name, count in limits.items() if count is not None}
 
 
 def settings_for(
@@ -177,13 +215,7 @@ class Explainer:
             self._fail(rows, [ids[i] for i in broken.nonzero().flatten().tolist()], name, NON_FINITE_OUTPUT)
         good = (~broken).nonzero().flatten()
         if len(good):
-            rest = {
-                key: value[good.to(value.device)]
-                if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(ids)
-                else value
-                for key, value in batch.items()
-            }
-            rows.extend(self.explain(rest))
+            rows.extend(self.explain(take_rows(batch, good, len(ids))))
         return rows
 
     def _fail(self, rows: Explained, ids: Sequence[int], method: str, reason: str) -> None:
@@ -237,6 +269,7 @@ class Explainer:
             except MetricError as error:
                 self._fail(rows, [error.sample_id], error.method or next(iter(results)), error.reason)
                 usable = [i for i in usable if facts.ids[i] != error.sample_id]
+        self._explain_again(rows, facts, results, usable)
         for name, result in results.items():
             share = special_share(result.scores, result.special, result.mask)
             for i in usable:
@@ -255,21 +288,24 @@ class Explainer:
         # The method `random` is the metrics' own control and is measured as such.
         scores = {name: result.scores[usable] for name, result in results.items() if name != "random"}
         ids = [facts.ids[i] for i in usable]
-        if self.settings.operators:
-            index = torch.tensor(usable, device=facts.batch["input_ids"].device)
+        for (metrics, operators), group in self._groups(facts, usable).items():
+            index = torch.tensor(group, device=facts.batch["input_ids"].device)
             keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in facts.batch]
             batch = {key: facts.batch[key][index] for key in keys}
-            batch.setdefault("attention_mask", facts.mask[usable].to(batch["input_ids"]))
+            batch.setdefault("attention_mask", facts.mask[group].to(batch["input_ids"]))
             rows += faithfulness_rows(
                 self._forward,
                 batch,
-                scores,
-                target=first.target[usable],
-                special=first.special[usable],
-                mask=facts.mask[usable],
-                sample_ids=ids,
+                {name: result.scores[group] for name, result in results.items() if name != "random"},
+                target=first.target[group],
+                special=first.special[group],
+                mask=facts.mask[group],
+                sample_ids=[facts.ids[i] for i in group],
                 tokens=self.tokens,
-                operators=self.settings.operators,
+                operators=operators,
+                metrics=metrics,
+                labels=facts.batch["labels"][index].cpu() if "labels" in facts.batch else None,
+                perturbation_target=self.settings.perturbation_target,
                 seed=self.settings.seed,
             )
         rationales = [facts.word_rationale(i) for i in usable]
@@ -280,9 +316,57 @@ class Explainer:
                 rationales=rationales,
                 sample_ids=ids,
                 signed=[name for name in scores if method_class(name).signed],
+                dataset_length=self.settings.dataset_length,
                 seed=self.settings.seed,
             )
         return rows
+
+    def _groups(self, facts: _Facts, usable: Sequence[int]) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]]:
+        """(metrics, operators) of perturbed inputs -> the examples that they are measured on."""
+        settings = self.settings
+        perturbing = [name for name in settings.metrics if name in FAITHFULNESS_METRICS]
+        groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+        for i in usable:
+            metrics = settings.wanted(perturbing, facts.ids[i])
+            operators = settings.wanted(settings.operators, facts.ids[i])
+            if metrics and operators:
+                groups.setdefault((metrics, operators), []).append(i)
+        return groups
+
+    def _explain_again(
+        self, rows: Explained, facts: _Facts, results: Mapping[str, Attribution], usable: Sequence[int]
+    ) -> None:
+        """Metrics that explain each sample again: under noise, and with fresh weights."""
+        scores = {name: result.scores for name, result in results.items() if name != "random"}
+        measures = {"sensitivity_max": sensitivity_rows, "randomisation": randomisation_rows}
+        for metric in [name for name in measures if name in self.settings.metrics and scores]:
+            chosen = [i for i in usable if self.settings.wanted([metric], facts.ids[i])]
+            if not chosen:
+                continue
+            first = next(iter(results.values()))
+            index = torch.tensor(chosen)
+            ids = [facts.ids[i] for i in chosen]
+            try:
+                found, errors = measures[metric](
+                    self.model,
+                    take_rows(facts.batch, index, len(facts.ids)),
+                    {name: values[index] for name, values in scores.items()},
+                    target=first.target[index],
+                    special=first.special[index],
+                    mask=first.mask[index],
+                    sample_ids=ids,
+                    options=self.settings.methods,
+                    seed=self.settings.seed,
+                )
+            except (UnsupportedModelError, InputError, torch.OutOfMemoryError) as error:
+                for name in scores:
+                    self._fail(rows, ids, name, f"{metric}: {error}")
+                continue
+            for broken in errors:
+                self._fail(rows, [broken.sample_id], broken.method or next(iter(scores)), broken.reason)
+            # As in the comparison above: a sample that failed for one method leaves the metric for all.
+            failed = {broken.sample_id for broken in errors}
+            rows.metrics += [dict(row) for row in found if row["sample_id"] not in failed]
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
         inputs = {key: value.to(self.model.device) for key, value in forward_inputs(self.model.module, batch).items()}

@@ -160,6 +160,8 @@ class RunContext:
             self.method_options(config.methods, options),
             target=config.target,
             operators=[config.operator] if isinstance(config.operator, str) else config.operator,
+            metrics=config.metrics,
+            perturbation_target=config.perturbation_target,
             strict=config.strict,
             seed=self.config.seed,
         )
@@ -183,6 +185,10 @@ class RunContext:
             data.dataset(config.split)
             if config.target == "label" and not data.has_labels(config.split):
                 raise InputError(f"explain.target=label needs labels, and the {config.split} split has none.")
+            if config.perturbation_target == "label" and not data.has_labels(config.split):
+                raise InputError(
+                    f"explain.perturbation_target=label needs labels, and the {config.split} split has none."
+                )
             classes = len(module.label_names)
             if isinstance(config.target, int) and config.target >= classes:
                 raise InputError(f"explain.target={config.target} names no class: the model has {classes}, from 0.")

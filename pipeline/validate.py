@@ -22,6 +22,8 @@ from calig.pipeline.config import (
     CALIBRATION_FILE,
     KNOWN_STAGES,
     Config,
+    ExplainConfig,
+    Operator,
     asked_options,
     describe_schema,
     hints,
@@ -30,6 +32,7 @@ from calig.pipeline.config import (
     without_asked,
 )
 from calig.pipeline.errors import InputError
+from calig.pipeline.metrics.names import METRICS
 
 Origins = Mapping[str, str]
 Section = TypeVar("Section")
@@ -130,6 +133,7 @@ def check_values(config: Config, origins: Origins) -> None:
         if not config.explain.operator:
             raise wrong("explain.operator", [], "at least one", origins)
         _no_repeats("explain.operator", config.explain.operator, origins)
+    _check_metrics(config.explain, origins)
     _check_calibration(config, origins)
     _check_data(config, origins)
     scratch = config.model.scratch
@@ -199,6 +203,17 @@ def check_trainer(config: Config, origins: Origins | None = None) -> None:
         annotation = arguments[name].annotation
         if annotation is not inspect.Parameter.empty and not isinstance(annotation, str):
             convert(annotation, value, key, origins)
+
+
+def _check_metrics(explain: ExplainConfig, origins: Origins) -> None:
+    hint = "What needs neither perturbed inputs nor repeated explanations is always measured (docs/metrics.md)."
+    for metric in explain.metrics:
+        _among("explain.metrics", "metric", metric, METRICS, origins, hint)
+    _no_repeats("explain.metrics", explain.metrics, origins)
+    for name, count in explain.limits.items():
+        _among("explain.limits", "metric or operator", name, (*METRICS, *get_args(Operator)), origins)
+        if count is not None and count < 1:
+            raise wrong(f"explain.limits.{name}", count, "int >= 1 | null", origins)
 
 
 def _check_calibration(config: Config, origins: Origins) -> None:
@@ -287,14 +302,14 @@ def _origin(key: str, origins: Origins) -> str:
     return where(key, origins)[len(" (in ") : -1]
 
 
-def _among(key: str, kind: str, given: str, options: Iterable[str], origins: Origins) -> None:
+def _among(key: str, kind: str, given: str, options: Iterable[str], origins: Origins, hint: str = "") -> None:
     names = list(options)
     if given in names:
         return
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     guess = f" Did you mean '{near[0]}'?" if near else ""
-    message = f"{key}: unknown {kind} '{given}'{where(key, origins)}.{guess} Options: {', '.join(names)}."
-    raise InputError(message)
+    message = f"{key}: unknown {kind} '{given}'{where(key, origins)}.{guess} Options: {', '.join(names)}. {hint}"
+    raise InputError(message.rstrip())
 
 
 def _no_repeats(key: str, names: Iterable[str], origins: Origins) -> None:

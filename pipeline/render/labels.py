@@ -20,6 +20,7 @@ KNOWN = {
     "token_iou": ("token IoU", 1),
     "infidelity": ("infidelity", -1),
     "sensitivity_max": ("max sensitivity", -1),
+    "randomisation": ("kept when randomised", -1),
     "completeness_gap": ("completeness gap", -1),
     "completeness_gap_max": ("worst completeness gap", -1),
     "special_share": ("special-token share", 0),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from calig.pipeline.directory import RunDirectory
-from calig.pipeline.explainer import NON_FINITE_OUTPUT, scalar_key
-from calig.pipeline.metrics import Summary, summarise
+from calig.pipeline.explainer import NON_FINITE_OUTPUT, limited, scalar_key
+from calig.pipeline.metrics import Summary, is_flagged, small_sample_warning, summarise
+from calig.pipeline.metrics.randomisation import KEPT_TOO_MUCH
 from calig.pipeline.records import atomic_write, read_rows, shards
 from calig.pipeline.run import RunContext
 from calig.pipeline.stages.fit import lower_is_better
@@ -23,6 +25,11 @@ def run_stage(context: RunContext) -> None:
     config, directory = context.config.explain, context.directory
     data, module, explainer = context.data, context.module, context.explainer
     methods = dict(explainer.settings.methods)
+    # Of all samples, those that are done already too: a continued run measures what it would have measured at once.
+    every: Any = data.explain_dataloader(config.split, config.num_samples, seed=context.config.seed).dataset
+    only = limited((row["sample_id"] for row in every), config.limits, context.config.seed)
+    length = rationale_length(data.dataset(config.split).rows)
+    explainer.settings = dataclasses.replace(explainer.settings, only=only, dataset_length=length)
     metadata = {"label_names": data.label_names, "methods": methods, "split": config.split}
     writer = ExplanationWriter(explainer, directory.path, metadata)
     done = {row["sample_id"] for row in read_rows(directory / "explanations", columns=["sample_id"])}
@@ -61,6 +68,23 @@ def run_stage(context: RunContext) -> None:
             worst[key] = max(worst.get(key, 0.0), row["completeness_gap"])
     context.log(scalars(summaries, config.methods, failures) | worst)
     show(context, summaries, config.methods)
+
+
+def rationale_length(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Mean number of rationale words over the examples that have any, those that truncation cut off included.
+
+    Args:
+        rows: Encoded examples, see `calig.datamodules.tokenization.encode`.
+
+    Returns:
+        The mean, None where no example has a rationale.
+    """
+    lengths = []
+    for row in rows:
+        pairs = zip(row["word_ids"], row["rationale"], strict=True)
+        lengths.append(len({word for word, mark in pairs if mark == 1}) + row["rationale_missed"])
+    marked = [length for length in lengths if length]
+    return sum(marked) / len(marked) if marked else None
 
 
 def drop_unfinished(directory: RunDirectory, done: set[int]) -> None:
@@ -122,6 +146,15 @@ def show(context: RunContext, summaries: Mapping[tuple[str, str, str], Summary],
         if (summary := summaries.get((name, "none", "seconds"))) is not None and summary.mean is not None
     ]
     context.console.say(f"ms per sample     {' · '.join(times)}")
+    for name in names:
+        summary = summaries.get((name, "none", "randomisation"))
+        if summary is not None and is_flagged(summary.mean):
+            context.console.say(
+                f"randomisation     {name} keeps a rank correlation of {summary.mean:.2f} with random weights; above "
+                f"{KEPT_TOO_MUCH} it says little of what the model learned"
+            )
+    if warning := small_sample_warning(summaries):
+        context.console.say(warning)
 
 
 def _cell(summary: Summary | None) -> str:

@@ -12,6 +12,21 @@ from calig.pipeline.config import asked_options, without_asked
 from calig.pipeline.loggers import logged_rows
 from calig.pipeline.run import RunContext
 
+_LOWER_IS_BETTER = {
+    "loss",
+    "sufficiency",
+    "log_odds",
+    "deletion_auc",
+    "positive_auc",
+    "infidelity",
+    "sensitivity_max",
+    "randomisation",
+    "completeness_gap",
+    "completeness_gap_max",
+    "failed",
+    "seconds",
+}
+
 
 def run_stage(context: RunContext) -> None:
     """Train, keep the best checkpoint, and save its weights as a Hugging Face folder."""
@@ -109,4 +124,4 @@ def best_values(rows: Iterable[Mapping[str, str]]) -> dict[str, float]:
 def lower_is_better(key: str) -> bool:
     """Whether a scalar improves by falling."""
     name = key.rsplit("/", 1)[-1].split("@")[0]
-    return name in ("loss", "sufficiency", "log_odds", "completeness_gap", "completeness_gap_max", "failed", "seconds")
+    return name in _LOWER_IS_BETTER
