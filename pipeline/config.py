@@ -164,6 +164,9 @@ class ExplainConfig:
     steps: int | Literal["auto"] = _key("auto", "quadrature nodes; auto refines until tolerance", low=2)
     tolerance: float = _key(0.02, "allowed completeness error of steps=auto, relative to the output change", above=0)
     max_steps: int = _key(129, "most nodes of steps=auto, which starts with 9", low=9)
+    max_tokens_per_pass: int | Literal["auto"] = _key(
+        "auto", "memory budget, rows times tokens; auto halves where memory runs out", low=1
+    )
     target: int | Literal["predicted", "label"] = _key("predicted", "class that is explained", low=0)
     operator: list[Operator] | Operator = _key("mask", "how the metrics remove tokens; one or a list")
     metrics: list[str] = _key(

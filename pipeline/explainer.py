@@ -51,6 +51,7 @@ class ExplainSettings:
         plausibility: Compare with rationales where a batch has them.
         strict: Raise at the first failure instead of keeping it as a row.
         seed: Seed of the random controls, the noise and the fresh weights.
+        max_tokens_per_pass: Memory budget of the engine, see `ExplainableModel`; does not change results.
     """
 
     methods: Mapping[str, Mapping[str, Any]]
@@ -63,6 +64,7 @@ class ExplainSettings:
     plausibility: bool = True
     strict: bool = False
     seed: int = 0
+    max_tokens_per_pass: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name, options in self.methods.items():
@@ -148,7 +150,7 @@ class Explainer:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, settings: ExplainSettings) -> None:
-        self.model = ExplainableModel(model, tokenizer=tokenizer)
+        self.model = ExplainableModel(model, tokenizer=tokenizer, max_tokens_per_pass=settings.max_tokens_per_pass)
         self.tokenizer = tokenizer
         self.settings = settings
         self.tokens = perturbation_tokens(model, tokenizer)
@@ -190,7 +192,7 @@ class Explainer:
                     self._fail(rows, ids, name, str(error))
                     continue
                 except torch.OutOfMemoryError as error:
-                    self._fail(rows, ids, name, f"out of memory, set explain.batch_size lower: {error}")
+                    self._fail(rows, ids, name, f"out of memory: {error}")
                     comparable = False
                     continue
                 assert isinstance(result, Attribution)  # one target per example

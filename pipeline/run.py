@@ -164,6 +164,7 @@ class RunContext:
             perturbation_target=config.perturbation_target,
             strict=config.strict,
             seed=self.config.seed,
+            max_tokens_per_pass=config.max_tokens_per_pass,
         )
         return Explainer(self.module.model, self.data.tokenizer, settings)
 

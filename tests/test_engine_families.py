@@ -187,9 +187,14 @@ def test_every_method_runs_and_leaves_the_model_as_it_was(case):
     case.model.train()
     before = footprint(case.model)
     for method in available_methods():
+        if method == "lig" and case.family.name == "qwen3":  # it normalises queries and keys
+            with pytest.raises(UnsupportedModelError, match="lig does not work on it"):
+                attribute(case.model, case.batch, method)
+            continue
         result = attribute(case.model, case.batch, method, target=TARGET)
         assert not result.non_finite().any() and result.scores.shape == case.mask.shape, method
-        assert (result.scores.abs().sum(1) > 0).all(), method
+        # A rectified map and a sparse fit may be 0 everywhere.
+        assert method in ("attention_gradcam", "lime") or (result.scores.abs().sum(1) > 0).all(), method
     assert_same(before, footprint(case.model))
     case.model.eval()
 

@@ -54,7 +54,7 @@ def test_batch_and_padding_do_not_matter(bert, method):
 )
 def test_token_budget_does_not_change_results(bert, batch, options):
     whole = attribute(bert, batch, "ca_lig", target=0, **options)
-    narrow = attribute(ExplainableModel(bert, max_tokens=9), batch, "ca_lig", target=0, **options)
+    narrow = attribute(ExplainableModel(bert, max_tokens_per_pass=9), batch, "ca_lig", target=0, **options)
     assert torch.allclose(whole.scores, narrow.scores, atol=1e-5)
     assert torch.equal(whole.steps_used, narrow.steps_used)
 
@@ -246,7 +246,7 @@ def test_left_padding_and_coarse_parameters_warn(bert, batch):
     with pytest.warns(UserWarning, match="padded on the left"):
         attribute(bert, flipped, "input_x_gradient", target=1)
     with pytest.warns(UserWarning, match="bfloat16"):
-        attribute(bert.bfloat16(), batch, "input_x_gradient", target=1)
+        attribute(ExplainableModel(bert.bfloat16(), precision="model"), batch, "input_x_gradient", target=1)
 
 
 def test_pad_ids_are_not_content_without_an_attention_mask(bert, batch):

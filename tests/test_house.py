@@ -109,8 +109,10 @@ def test_direct_imports_are_declared_and_nothing_else_is():
     names = {"PIL": "pillow", "jinja2": "jinja2"}
     used = {name.split(".")[0] for path in sources() for name in imports(path)} - {"calig", "__future__"}
     used = {names.get(name, name) for name in used if name not in sys.stdlib_module_names}
-    used -= {"peft"}  # the extra `peft`: imported where a setting asks for it
-    assert project["optional-dependencies"]["peft"]
+    # Extras are imported where a setting or a method asks for them.
+    for extra, module in (("peft", "peft"), ("compare", "captum")):
+        assert project["optional-dependencies"][extra]
+        used -= {module}
     assert used == declared, (
         f"imported and not declared: {used - declared}; declared and not imported: {declared - used}"
     )

@@ -6,13 +6,22 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from calig.pipeline.attribution.inside import with_readout_special
-from calig.pipeline.attribution.methods import create_method
-from calig.pipeline.attribution.model import ExplainableModel
-from calig.pipeline.attribution.objective import ClassLogit, Objective, Unbound, as_objective, resolve_target
+from calig.pipeline.attribution.methods import AttributionMethod, create_method
+from calig.pipeline.attribution.model import ExplainableModel, Inputs, UnsupportedModelError
+from calig.pipeline.attribution.objective import (
+    ClassLogit,
+    Objective,
+    OutputFunction,
+    Unbound,
+    as_objective,
+    resolve_target,
+)
 from calig.pipeline.attribution.result import Attribution
+from calig.pipeline.attribution.slicing import cut, join, take
 from calig.pipeline.attribution.structure import Blocks
 from calig.pipeline.errors import InputError
 
@@ -52,7 +61,7 @@ def attribute(
         **options: Options of the method, for example `steps=16`, `baseline="pad"`, `path="shared"`, `lam=0.5`.
 
     Returns:
-        The attribution; for `target` of shape (B, K) a list of K, computed one after the other.
+        The attribution; for `target` of shape (B, K) a list of K, computed from the same forward passes.
 
     Raises:
         InputError: An unknown method or option, or a target or mask that does not fit.
@@ -81,7 +90,10 @@ def attribute(
             goals: list[Objective] = [as_objective(objective, inputs)]
         else:
             labels = batch.get("labels")
-            indices = resolve_target(target, wrapped.logits(inputs), labels)
+            # Of a target that is given, only the number of classes is unknown: one example tells.
+            predicts = target is None or isinstance(target, str)
+            logits = wrapped.logits(inputs, None if predicts else torch.tensor([0]))
+            indices = resolve_target(target, logits.expand(len(inputs), -1), labels)
             goals = [ClassLogit(indices)] if indices.ndim == 1 else [ClassLogit(column) for column in indices.T]
         told = special_tokens_mask is not None or "special_tokens_mask" in batch or inputs.pixels is not None
         if not told and not inputs.special.any() and not wrapped.names_special_tokens:
@@ -91,5 +103,38 @@ def attribute(
                 stacklevel=2,
             )
             inputs = with_readout_special(wrapped, inputs, goals[0])
-        results = [explainer.attribute(wrapped, inputs, goal) for goal in goals]
+        results = _in_slices(explainer, wrapped, inputs, goals)
     return results if objective is None and indices.ndim == 2 else results[0]
+
+
+def _in_slices(
+    method: AttributionMethod, model: ExplainableModel, inputs: Inputs, goals: list[Objective]
+) -> list[Attribution]:
+    """Run a method on slices of one pass each, so that what it keeps of a pass does not grow with the batch."""
+    # A callable of the user's own may count positions from the end.
+    trim = not any(isinstance(goal, OutputFunction) for goal in goals)
+    slices = cut(inputs, model.max_tokens, trim=trim)
+    if not all(model.keeps_width(take(inputs, goals, rows[:1], columns)) for rows, columns in slices):
+        slices = cut(inputs, model.max_tokens, trim=False)  # a model that pads to its window takes full width alone
+    try:
+        return _explain(method, model, inputs, goals, slices)
+    except UnsupportedModelError:
+        # Examples that cannot be explained may fill a slice: what they lack is an error only if the whole batch does.
+        if len(slices) == 1:
+            raise
+        whole = [(torch.arange(len(inputs)), inputs.mask.shape[1])]
+        return _explain(method, model, inputs, goals, whole)
+
+
+def _explain(
+    method: AttributionMethod,
+    model: ExplainableModel,
+    inputs: Inputs,
+    goals: list[Objective],
+    slices: list[tuple[Tensor, int]],
+) -> list[Attribution]:
+    found = []
+    for rows, columns in slices:
+        part = take(inputs, goals, rows, columns)
+        found.append([method.attribute(model, part, goal) for goal in part.together])
+    return [join(results, slices, inputs.mask.shape[1], method.parts_axes) for results in zip(*found, strict=True)]

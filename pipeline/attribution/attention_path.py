@@ -41,15 +41,16 @@ def attribute_attention(
     entry = ends.end[block]
     assert entry is not None  # the caller kept it
     host = model.require_interface()
-    parts = []
-    for rows in model.chunks(torch.arange(len(inputs), device=model.device), inputs.mask.shape[1]):
+
+    def run(rows: Tensor) -> Tensor:
         total: Tensor | None = None
         for position, weight in gauss_legendre(nodes):
             found = _scaled_pass(model, host, inputs, objective, rows, entry[rows], block, position)
             total = weight * found if total is None else total + weight * found
         assert total is not None  # at least two nodes
-        parts.append(mask_pairs(total, inputs.mask[rows]))
-    return torch.cat(parts)
+        return mask_pairs(total, inputs.mask[rows])
+
+    return torch.cat(model.budget.run(torch.arange(len(inputs), device=model.device), inputs.mask.shape[1], run))
 
 
 def _scaled_pass(
@@ -98,8 +99,8 @@ def last_attention_gradient(
     """
     origin, end = ends.origin[0], ends.end[0]
     assert origin is not None and end is not None  # the caller kept them
-    parts = []
-    for rows in model.chunks(torch.arange(len(inputs), device=model.device), inputs.mask.shape[1]):
+
+    def run(rows: Tensor) -> Tensor:
         total: Tensor | None = None
         for position, weight in gauss_legendre(nodes):
             state = (origin[rows] + position * (end[rows] - origin[rows])).requires_grad_()
@@ -107,5 +108,6 @@ def last_attention_gradient(
             (gradient,) = torch.autograd.grad(objective(trace.output, rows).sum(), [trace.attentions[-1]])
             total = weight * gradient if total is None else total + weight * gradient
         assert total is not None  # at least two nodes
-        parts.append(mask_pairs(total, inputs.mask[rows]))
-    return torch.cat(parts)
+        return mask_pairs(total, inputs.mask[rows])
+
+    return torch.cat(model.budget.run(torch.arange(len(inputs), device=model.device), inputs.mask.shape[1], run))

@@ -17,14 +17,17 @@ from calig.pipeline.attribution.pixels import baseline_pixels
 from calig.pipeline.errors import InputError
 
 
-def baseline_trace(model: ExplainableModel, inputs: Inputs, rows: Tensor, baseline: Baseline) -> Trace:
-    """Run the baseline x' of some examples, without a graph.
+def baseline_trace(
+    model: ExplainableModel, inputs: Inputs, rows: Tensor, baseline: Baseline, *, graph: bool = False
+) -> Trace:
+    """Run the baseline x' of some examples.
 
     Args:
         model: In an open session.
         inputs: B examples.
         rows: (N,) examples to run.
         baseline: Which baseline.
+        graph: Keep the graph behind the embedding output, for gradients.
 
     Returns:
         The pass of x': its states are b^0 to b^L, its output holds f(x').
@@ -34,7 +37,7 @@ def baseline_trace(model: ExplainableModel, inputs: Inputs, rows: Tensor, baseli
         UnsupportedModelError: There is nowhere to put it, or what enters the blocks is not all that the output sees.
     """
     batch, content = inputs.select(rows), inputs.content[rows]
-    with torch.no_grad():
+    with torch.set_grad_enabled(graph):
         if baseline == "zero":
             entry = model.trace(batch).states[0]
             assert entry is not None  # a pass from layer 0 records its entry

@@ -12,13 +12,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from calig.pipeline.attribution.attention import recorded_attention, uses_attention_interface
+from calig.pipeline.attribution.budget import TokenBudget
 from calig.pipeline.attribution.entry import entry_of, fixed_positions, state_name, state_of
+from calig.pipeline.attribution.precision import coarse_types, float32_copies
 from calig.pipeline.attribution.structure import Blocks, Structure, UnsupportedModelError, find_structure
 from calig.pipeline.attribution.wrapping import refuse_prompt_tuning, suspended, unwrap
 from calig.pipeline.errors import InputError
@@ -35,12 +37,16 @@ class Inputs:
         mask: (B, T) true on real positions.
         special: (B, T) true on real special tokens.
         pixels: Key of the images (B, C, H, W) in `batch`; None where the input is not images.
+        together: Objectives that are explained together: what one of them needs is computed for all in the same
+            passes, and kept in `memo` (see `inside`) as long as these inputs live.
     """
 
     batch: dict[str, Any]
     mask: Tensor
     special: Tensor
     pixels: str | None = None
+    together: tuple[Any, ...] = ()
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -90,6 +96,13 @@ class Trace:
     states: list[Tensor | None] = field(default_factory=list)
     attentions: list[Tensor] = field(default_factory=list)
 
+    def state(self, layer: int) -> Tensor:
+        """z^layer; raises ValueError for a layer in front of the pass's start."""
+        found = self.states[layer]
+        if found is None:
+            raise ValueError(f"the pass starts behind layer {layer}")
+        return found
+
 
 def forward_inputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a batch that a model's forward takes, without the labels (a loss is nobody's business here)."""
@@ -126,12 +139,17 @@ class ExplainableModel:
             through, compiled and checkpointed parts run plainly while it is explained.
         tokenizer: Names the special tokens and the `mask` and `unk` baselines; for images the image processor, which
             says what black and the mean colour are after normalisation. Optional.
-        max_tokens: Rows times tokens of one internal pass: the memory budget. Does not change results.
+        max_tokens_per_pass: Rows times tokens of one internal pass: the memory budget, which does not change results.
+            "auto" halves it where memory runs out, and remembers.
+        precision: "float32" explains a model of 16-bit parameters through float32 copies of them that live as long as
+            a session, because in 16 bits completeness gaps and error bounds are rounding noise; "model" runs it as it
+            is. Autocast is off in either.
         blocks: Where the blocks are, where they are not found or others are meant: the dotted path of their container
             (`"encoder.layers"`), or the modules in order.
         embedding: The word embedding, likewise: its dotted path, or the module.
 
     Raises:
+        InputError: A budget or precision that does not exist.
         UnsupportedModelError: The blocks cannot be found, or an adapter adds positions to the input.
         InputError: `blocks` or `embedding` name nothing in the model.
     """
@@ -141,20 +159,25 @@ class ExplainableModel:
         model: nn.Module,
         *,
         tokenizer: Any = None,
-        max_tokens: int = 8192,
+        max_tokens_per_pass: int | Literal["auto"] = "auto",
+        precision: Literal["float32", "model"] = "float32",
         blocks: Blocks | None = None,
         embedding: str | nn.Module | None = None,
     ) -> None:
         refuse_prompt_tuning(model)
+        if precision not in ("float32", "model"):
+            raise InputError(f"precision takes 'float32' or 'model', got {precision!r}.")
         self.module = unwrap(model)
         self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        self.precision = precision
         self.structure: Structure = find_structure(self.module, blocks=blocks, embedding=embedding)
+        self.budget = TokenBudget(max_tokens_per_pass, self.device)
         self.cuts: set[int] = set()
         """Layers whose state was seen to be all that the rest of the network sees (`require_cuts`)."""
         self._depth: int | None = None
         self._rest: tuple[None, ...] | None = None  # what a block returns beside its state; None: the bare state
         self._tokens_first = False
+        self._kept_widths: dict[int, bool] = {}
         self._fixed: dict[tuple[int, ...], Tensor] = {}
         self._has_interface: bool | None = None
         self._warned_of_left_padding = False
@@ -189,29 +212,37 @@ class ExplainableModel:
     @contextmanager
     def session(self) -> Iterator[ExplainableModel]:
         """What the engine works in: `evaluation`, with gradients on, also under `no_grad` and `inference_mode`."""
-        self._warn_of_precision()
-        with self.evaluation(), torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if self.precision == "float32":
+                stack.enter_context(float32_copies(self.module))
+            else:
+                self._warn_of_precision()
+            stack.enter_context(self.evaluation())
             yield self
 
     def _warn_of_precision(self) -> None:
-        coarse = {p.dtype for p in self.module.parameters() if p.is_floating_point() and p.element_size() < 4}
+        coarse = coarse_types(self.module)
         if coarse and not self._warned_of_precision:
             self._warned_of_precision = True
             warnings.warn(
                 f"the model's parameters are {', '.join(map(str, coarse))}: completeness gaps and error bounds are "
-                "rounding noise at this precision, and steps='auto' will not converge. Explain model.float().",
+                "rounding noise at this precision, and steps='auto' will not converge. Take precision='float32'.",
                 stacklevel=3,
             )
 
     def with_tokenizer(self, tokenizer: Any) -> ExplainableModel:
         """The same live model with another tokenizer."""
-        return ExplainableModel(
+        other = ExplainableModel(
             self.module,
             tokenizer=tokenizer,
-            max_tokens=self.max_tokens,
+            precision=self.precision,
             blocks=self.structure.blocks,
             embedding=self.structure.embedding,
         )
+        other.budget = self.budget
+        return other
 
     # ------------------------------------------------------------------------------------------------ inputs
 
@@ -230,7 +261,7 @@ class ExplainableModel:
             UnsupportedModelError: The blocks work on other positions than the batch has.
         """
         kept = {
-            key: value.detach().clone().to(self.device) if isinstance(value, Tensor) else value
+            key: self._own(value) if isinstance(value, Tensor) else value
             for key, value in forward_inputs(self.module, batch).items()
         }
         ids = kept.get("input_ids")
@@ -252,7 +283,8 @@ class ExplainableModel:
             known = [*self._special_ids(), *([pad] if isinstance(pad, int) else [])]
             special = torch.isin(ids, torch.tensor(known, device=ids.device, dtype=ids.dtype))
         inputs = Inputs(kept, mask, special & mask)
-        found = self._entry_tokens(inputs.select(torch.zeros(1, dtype=torch.long, device=ids.device))).shape[1]
+        first = torch.zeros(1, dtype=torch.long, device=ids.device)
+        (found,) = self.budget.run(first, ids.shape[1], lambda row: self._entry_tokens(inputs.select(row)).shape[1])
         if found != ids.shape[1]:
             raise UnsupportedModelError(
                 f"the blocks of '{self.structure.family}' work on {found} positions where the batch has {ids.shape[1]} "
@@ -293,6 +325,14 @@ class ExplainableModel:
             special = self._fixed[shape].expand_as(mask)
         return Inputs(kept, mask, torch.zeros_like(mask) if special is None else special & mask, pixels)
 
+    def keeps_width(self, inputs: Inputs) -> bool:
+        """Whether the blocks work on as many positions as the inputs have: asked once of every width."""
+        width = inputs.mask.shape[1]
+        if width not in self._kept_widths:
+            one = inputs.select(torch.zeros(1, dtype=torch.long, device=self.device))
+            self._kept_widths[width] = self._entry_tokens(one).shape[1] == width
+        return self._kept_widths[width]
+
     def _entry_tokens(self, one: Mapping[str, Any]) -> Tensor:
         """(1, T, D) what enters the blocks for a batch of one; tells which of the block's axes holds the tokens."""
         entry = entry_of(self.module, self.structure, one)
@@ -308,6 +348,11 @@ class ExplainableModel:
     def _turn(self, state: Tensor) -> Tensor:
         """Between the engine's (N, T, D) and the block's own layout, in both directions."""
         return state.transpose(0, 1) if self._tokens_first else state
+
+    def _own(self, value: Tensor) -> Tensor:
+        copy = value.detach().clone().to(self.device)
+        coarse = copy.is_floating_point() and copy.element_size() < 4
+        return copy.float() if coarse and self.precision == "float32" else copy
 
     @property
     def names_special_tokens(self) -> bool:
@@ -429,15 +474,16 @@ class ExplainableModel:
             )
         return self.structure.host
 
-    def chunks(self, rows: Tensor, tokens: int) -> Iterator[Tensor]:
-        """Cut (N,) row indices into pieces that fit the token budget."""
-        yield from rows.split(max(1, self.max_tokens // max(1, tokens)))
+    @property
+    def max_tokens(self) -> int:
+        """Rows times tokens that one internal pass may hold at present."""
+        return self.budget.tokens
 
     @torch.no_grad()
-    def logits(self, inputs: Inputs) -> Tensor:
-        """(B, C) logits at the input, in an open session."""
+    def logits(self, inputs: Inputs, rows: Tensor | None = None) -> Tensor:
+        """(N, C) logits at the input, of all examples or of `rows` (N,), in an open session."""
         from calig.pipeline.attribution.objective import logits_of
 
-        rows = torch.arange(len(inputs), device=self.device)
-        parts = [logits_of(self.module(**inputs.select(part))) for part in self.chunks(rows, inputs.mask.shape[1])]
-        return torch.cat(parts)
+        rows = torch.arange(len(inputs), device=self.device) if rows is None else rows.to(self.device)
+        width = inputs.mask.shape[1]
+        return torch.cat(self.budget.run(rows, width, lambda part: logits_of(self.module(**inputs.select(part)))))

@@ -43,6 +43,21 @@ def attention_gradient(attention: Tensor, gradient: Tensor, mask: Tensor, *, pos
     return mask_pairs((product.clamp_min(0) if positive else product).mean(dim=1), mask)
 
 
+def positive_attention_gradient(attention: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
+    """`attention_gradient` with each head's positive part."""
+    return attention_gradient(attention, gradient, mask, positive=True)
+
+
+def signed_attention_gradient(attention: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
+    """`attention_gradient` with each head's signed value."""
+    return attention_gradient(attention, gradient, mask, positive=False)
+
+
+def mean_attention(attention: Tensor, _gradient: Tensor, mask: Tensor) -> Tensor:
+    """The mean over heads (B, T, T), zero at padding; the gradient has no part in it."""
+    return mask_pairs(attention.mean(dim=1), mask)
+
+
 def mask_pairs(matrix: Tensor, mask: Tensor) -> Tensor:
     """Set rows and columns of padding in (..., T, T) to 0; `torch.where`, because a masked row may be NaN."""
     pairs = mask[:, :, None] & mask[:, None, :]

@@ -34,7 +34,7 @@ class Projections(NamedTuple):
         query: (R, H, T, d).
         key: (R, H, T, d), shared heads repeated.
         value: (R, H, T, d), likewise.
-        mask: (T, T) added to the scores.
+        mask: (1 or H, T, T) added to the scores; of each head its own where a family has position biases.
         scale: Of the scores.
     """
 
@@ -364,10 +364,10 @@ def _projections(
     groups = query.shape[1] // key.shape[1]
     key, value = (part.detach().repeat_interleave(groups, dim=1) for part in (key, value))
     length = query.shape[2]
-    mask = torch.zeros(length, length, dtype=query.dtype, device=query.device)
+    mask = torch.zeros(1, length, length, dtype=query.dtype, device=query.device)
     if attention_mask is not None:
-        # (1 or R, 1, T, T): the same for all runs of one example.
-        added = attention_mask[0, 0, :, :length]
+        # (1 or R, 1 or H, T, T): the same for all runs of one example.
+        added = attention_mask[0, ..., :length]
         mask = torch.where(added, 0.0, torch.finfo(query.dtype).min) if added.dtype == torch.bool else added
     scale = kwargs.get("scaling")
     return Projections(query.detach(), key, value, mask, query.shape[-1] ** -0.5 if scale is None else float(scale))

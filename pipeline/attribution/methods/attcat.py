@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from calig.pipeline.attribution.methods.base import AttributionMethod
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from calig.pipeline.attribution.model import ExplainableModel, Inputs
     from calig.pipeline.attribution.objective import Objective
     from calig.pipeline.attribution.result import Attribution
@@ -31,26 +33,20 @@ class AttCAT(AttributionMethod):
         from calig.pipeline.attribution.build import build_attribution
 
         ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
-        parts = []
-        for rows in model.chunks(torch.arange(len(inputs), device=model.device), inputs.mask.shape[1]):
+
+        def run(rows: Tensor) -> Tensor:
             trace = model.trace(inputs.select(rows), attention=True)
-            states = [state for state in trace.states[1:] if state is not None]
+            states = [trace.state(layer) for layer in range(1, model.depth + 1)]
             gradients = torch.autograd.grad(objective(trace.output, rows).sum(), states)
             mask = inputs.mask[rows]
             real = mask.sum(dim=1, keepdim=True)
-            # Mean over heads and over real queries.
-            received = [
-                rollout.mask_pairs(attention.detach().mean(dim=1), mask).sum(dim=1) / real
-                for attention in trace.attentions
-            ]
-            parts.append(
-                torch.stack(
-                    [
-                        alpha * (state.detach() * gradient).sum(dim=-1)
-                        for alpha, state, gradient in zip(received, states, gradients, strict=True)
-                    ],
-                    dim=1,
-                )
-            )
+            found = []
+            for attention, state, gradient in zip(trace.attentions, states, gradients, strict=True):
+                # Mean over heads and over real queries.
+                received = rollout.mask_pairs(attention.detach().mean(dim=1), mask).sum(dim=1) / real
+                found.append(received * (state.detach() * gradient).sum(dim=-1))
+            return torch.stack(found, dim=1)
+
+        parts = model.budget.run(torch.arange(len(inputs), device=model.device), inputs.mask.shape[1], run)
         layers = torch.where(inputs.mask[:, None], torch.cat(parts), 0.0).cumsum(dim=1)
         return build_attribution(self, inputs, objective, ends.output_change, layers[:, -1], layer_scores=layers)

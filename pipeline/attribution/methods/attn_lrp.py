@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from calig.pipeline.attribution.methods.base import AttributionMethod
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from calig.pipeline.attribution.model import ExplainableModel, Inputs
     from calig.pipeline.attribution.objective import Objective
     from calig.pipeline.attribution.result import Attribution
@@ -39,25 +41,21 @@ class AttnLRP(AttributionMethod):
         from calig.pipeline.attribution.quadrature import relative_gap
 
         ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
-        parts, values = [], []
-        for rows in model.chunks(torch.arange(len(inputs), device=model.device), inputs.mask.shape[1]):
+
+        def run(rows: Tensor) -> tuple[Tensor, Tensor]:
             with lrp_rules(model):
                 trace = model.trace(inputs.select(rows))
-                states = [state for state in trace.states if state is not None]
+                states = [trace.state(layer) for layer in range(model.depth + 1)]
                 value = objective(trace.output, rows)
                 gradients = torch.autograd.grad(value.sum(), states)
-            parts.append(
-                torch.stack(
-                    [
-                        (state.detach() * gradient).sum(dim=-1)
-                        for state, gradient in zip(states, gradients, strict=True)
-                    ],
-                    dim=1,
-                )
-            )
-            values.append(value.detach())
-        relevance = torch.where(inputs.mask[:, None], torch.cat(parts), 0.0)
+            pairs = zip(states, gradients, strict=True)
+            return torch.stack([(state.detach() * gradient).sum(-1) for state, gradient in pairs], 1), value.detach()
+
+        passes = model.budget.run(torch.arange(len(inputs), device=model.device), inputs.mask.shape[1], run)
+        relevance = torch.where(inputs.mask[:, None], torch.cat([found for found, _ in passes]), 0.0)
         result = build_attribution(
             self, inputs, objective, ends.output_change, relevance[:, 0], layer_scores=relevance[:, 1:]
         )
-        return dataclasses.replace(result, completeness_gap=relative_gap(relevance, torch.cat(values)))
+        return dataclasses.replace(
+            result, completeness_gap=relative_gap(relevance, torch.cat([value for _, value in passes]))
+        )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from calig.pipeline.errors import InputError
@@ -65,6 +67,8 @@ class AttributionMethod(ABC):
     """Whether the attention maps of the model are needed."""
     signed: ClassVar[bool] = True
     """Whether scores below zero can occur."""
+    parts_axes: ClassVar[Mapping[str, tuple[int, ...]]] = MappingProxyType({})
+    """Name in `parts` -> its axes of tokens: a batch runs in slices that are cut to the length of their inputs."""
     Options: ClassVar[type] = BaselineOptions
 
     def __init__(self, options: Any) -> None:

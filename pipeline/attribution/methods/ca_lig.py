@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from calig.pipeline.attribution.methods.base import AttributionMethod, PathOptions
@@ -30,6 +31,8 @@ class CALIGOptions(PathOptions):
     """Share of the evidence against the attention gradient, for all blocks or one for each; `gated` has none."""
     attention_gradient: Literal["positive", "signed"] = "positive"
     """Positive part of each head's attention times gradient, or its signed value (METHODS 2.2)."""
+    attention_gradient_at: Literal["point", "path"] = "point"
+    """At the input, or averaged along the shared path, whose every node is then run again with attention maps."""
     return_flow: bool = False
     """Also return the fused matrices as `flow` (B, L, T, T)."""
 
@@ -46,6 +49,8 @@ class CALIGOptions(PathOptions):
             )
         if self.fusion == "diagonal" and all(share == 1 for share in shares):
             raise InputError("lam=1 with fusion='diagonal' lets nothing reach the read-out row; take lam < 1.")
+        if self.attention_gradient_at == "path" and self.path != "shared":
+            raise InputError("attention_gradient_at='path' follows the shared path; take path='shared', or 'point'.")
         if self.fusion == "late" and self.return_flow:
             raise InputError("fusion='late' fuses after the rollout and has no flow of its own; drop return_flow.")
 
@@ -61,6 +66,7 @@ class CALIG(AttributionMethod):
     summary = "layer-wise integrated gradients, fused with attention gradients and rolled out"
     source = "arXiv:2602.16608; METHODS 2"
     needs_attention = True
+    parts_axes = MappingProxyType({"evidence": (2,)})
     Options = CALIGOptions
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:
@@ -98,14 +104,13 @@ class CALIG(AttributionMethod):
         from calig.pipeline.attribution import inside, rollout
 
         options = self.options
-        straight = options.path == "straight"
-        ends = inside.find_ends(model, inputs, objective, options.baseline, None if straight else [0])
-
-        def combine(attention: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
-            positive = options.attention_gradient == "positive"
-            return rollout.attention_gradient(attention, gradient, mask, positive=positive)
-
-        gradients, readout = inside.attention_matrices(model, inputs, objective, combine)
+        shared, at_input = options.path == "shared", options.attention_gradient_at == "point"
+        positive = options.attention_gradient == "positive"
+        combine = rollout.positive_attention_gradient if positive else rollout.signed_attention_gradient
+        if at_input:  # first, because this pass of the input is also the last node of the shared path
+            gradients, readout = inside.attention_matrices(model, inputs, objective, combine)
+        kept = [0] if shared else None
+        ends = inside.find_ends(model, inputs, objective, options.baseline, kept, gradients=shared)
         integral = inside.layer_evidence(
             model,
             inputs,
@@ -117,5 +122,8 @@ class CALIG(AttributionMethod):
             tolerance=options.tolerance,
             max_steps=options.max_steps,
         )
+        if not at_input:
+            gradients = inside.path_attention_matrices(model, inputs, objective, combine, ends, integral)
+            readout = ends.readout
         evidence = integral.evidence.to(gradients[0].dtype).to(gradients[0].device)
         return rollout.Ingredients(evidence, gradients, readout, inputs.mask), integral, ends.output_change

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from calig.pipeline.attribution.methods.base import AttributionMethod
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from calig.pipeline.attribution.model import ExplainableModel, Inputs
     from calig.pipeline.attribution.objective import Objective
     from calig.pipeline.attribution.result import Attribution
@@ -28,10 +26,7 @@ class GenericAttention(AttributionMethod):
         from calig.pipeline.attribution import inside, rollout
         from calig.pipeline.attribution.build import build_attribution
 
-        def combine(attention: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
-            return rollout.attention_gradient(attention, gradient, mask, positive=True)
-
+        factors, readout = inside.attention_matrices(model, inputs, objective, rollout.positive_attention_gradient)
         ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
-        factors, readout = inside.attention_matrices(model, inputs, objective, combine)
         layers = rollout.rollout(factors, readout)
         return build_attribution(self, inputs, objective, ends.output_change, layers[:, -1], layer_scores=layers)

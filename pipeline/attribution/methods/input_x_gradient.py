@@ -24,16 +24,11 @@ class InputXGradient(AttributionMethod):
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:
         """See `AttributionMethod.attribute`."""
-        import torch
-
         from calig.pipeline.attribution import inside
         from calig.pipeline.attribution.build import build_attribution
-        from calig.pipeline.attribution.path import LayerPath
 
+        gradient = inside.input_gradient(model, inputs, objective, 0)
         ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
         embedded = ends.end[0]
         assert embedded is not None
-        line = LayerPath(model, inputs, objective, torch.zeros_like(embedded), embedded, start=0, layers=[0])
-        here = line.evaluate(torch.arange(len(inputs)), torch.ones(len(inputs), dtype=torch.float64))
-        scores = (embedded * here.gradients[:, 0]).sum(dim=-1)
-        return build_attribution(self, inputs, objective, ends.output_change, scores)
+        return build_attribution(self, inputs, objective, ends.output_change, (embedded * gradient).sum(dim=-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from calig.pipeline.attribution.methods.base import AttributionMethod
@@ -69,6 +70,17 @@ class LIG(AttributionMethod):
     source = "arXiv:2606.21564; LIG"
     needs_attention = True
     signed = False
+    parts_axes = MappingProxyType(
+        {
+            "att": (3, 4),
+            "mlp": (2,),
+            "layer": (2, 3),
+            "composed": (2, 3),
+            "att_total": (3,),
+            "mlp_total": (2,),
+            "layer_total": (2,),
+        }
+    )
     Options = LIGOptions
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:
@@ -86,7 +98,7 @@ class LIG(AttributionMethod):
         examples = [self._example(model, inputs, row) for row in range(len(inputs))]
         parts = {
             name: _padded([example[0][name] for example in examples], inputs.mask.shape[1], axes)
-            for name, axes in _TOKEN_AXES.items()
+            for name, axes in self.parts_axes.items()
         }
         flow = parts["layer" if options.flow == "layer" else "composed"]
         # itb_map_ratio is attention's alone: the direct flow of the layer stays without a self share.
@@ -142,26 +154,15 @@ class LIG(AttributionMethod):
             if enough or 2 * nodes > options.max_steps:
                 break
             nodes *= 2
-        parts = {name: torch.stack([getattr(flow, name) for flow in flows]).detach() for name in _TOKEN_AXES}
+        parts = {name: torch.stack([getattr(flow, name) for flow in flows]).detach() for name in self.parts_axes}
         parts["gap"] = torch.tensor([flow.gap for flow in flows])
         parts["refused"] = torch.tensor([flow.refused for flow in flows])
         return parts, nodes
 
 
-_TOKEN_AXES = {
-    "att": (2, 3),
-    "mlp": (1,),
-    "layer": (1, 2),
-    "composed": (1, 2),
-    "att_total": (2,),
-    "mlp_total": (1,),
-    "layer_total": (1,),
-}
-
-
 def _padded(parts: list[Tensor], tokens: int, axes: tuple[int, ...]) -> Tensor:
-    """Stack the parts of B examples, zeros behind the tokens of each."""
-    shape = [tokens if axis in axes else size for axis, size in enumerate(parts[0].shape)]
+    """Stack the parts of B examples, zeros behind the tokens of each; `axes` count that of the examples."""
+    shape = [tokens if axis in axes else size for axis, size in enumerate(parts[0].shape, start=1)]
     whole = parts[0].new_zeros(len(parts), *shape)
     for row, part in enumerate(parts):
         whole[row][tuple(slice(size) for size in part.shape)] = part
