@@ -15,6 +15,7 @@ from torch import nn
 from calig.callbacks.development import Development, layer_shares, probe_scalars
 from calig.callbacks.media import MediaLog, probe_media
 from calig.callbacks.probe import Probe, explain_each, gather, numbered
+from calig.callbacks.sharded import is_sharded, whole_copy
 from calig.callbacks.target import candidates, check_strategy, find_model, first_loader, half_precision
 from calig.pipeline.attribution import UnsupportedModelError
 from calig.pipeline.errors import InputError
@@ -49,11 +50,13 @@ class AttributionCallback(Callback):
         seed: Chooses the samples and the random control.
         inputs: Makes the model's inputs of a validation batch, where the loader gives tuples or other keys; None
             takes the batch for a mapping with `input_ids`, `attention_mask` and `labels` (or `label`).
+        strict: End the training at the first sample that cannot be explained.
 
     Raises:
         InputError: Before the first step, for an unknown method or option, a strategy that shards parameters, no
             validation loader, a batch without `input_ids`, or no model to explain; the message names the way out.
             Later on nothing is raised: samples that cannot be explained are counted and named in one warning.
+        SampleFailure: With `strict`, on all processes.
 
     Example::
 
@@ -78,6 +81,7 @@ class AttributionCallback(Callback):
         batch_size: int = 16,
         seed: int = 0,
         inputs: Callable[[Any], Mapping[str, Any]] | None = None,
+        strict: bool = False,
     ) -> None:
         super().__init__()
         if num_samples < 1 or every_n_epochs < 1:
@@ -96,6 +100,7 @@ class AttributionCallback(Callback):
         self.batch_size = batch_size
         self.seed = seed
         self.inputs = inputs
+        self.strict = strict
         self._explainer: Explainer | None = None
         self._probe: Probe | None = None
         self._last = Development()
@@ -163,9 +168,8 @@ class AttributionCallback(Callback):
         """Explain and log the scalars; here they are in time for ModelCheckpoint and EarlyStopping."""
         self._shown = []
         if not self._should_skip(trainer):
-            scalars = self._explain(trainer)
             # Every process holds the same numbers; the reduction only states it.
-            pl_module.log_dict(scalars, sync_dist=trainer.world_size > 1)
+            pl_module.log_dict(self._explain(trainer), sync_dist=trainer.world_size > 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the pictures."""
@@ -220,8 +224,9 @@ class AttributionCallback(Callback):
             probe = self._choose(trainer)
             if not probe.indices:
                 return
-            settings = dataclasses.replace(self._explainer.settings, strict=True)
-            strict = Explainer(self._explainer.model.module, self.tokenizer, settings)
+            explainer = self._current()
+            settings = dataclasses.replace(explainer.settings, strict=True)
+            strict = Explainer(explainer.model.module, self.tokenizer, settings)
             try:
                 strict.explain(probe.batch(probe.indices[:1], trainer.strategy.batch_to_device))
             except (InputError, UnsupportedModelError):
@@ -232,21 +237,33 @@ class AttributionCallback(Callback):
             except Exception:
                 return  # one sample only: the probe counts and names it
 
-    def _explain(self, trainer: Trainer) -> dict[str, float]:
+    def _current(self) -> Explainer:
+        """What explains the model as it is now; every process must call it."""
         assert self._explainer is not None  # on_fit_start ran
+        model = self._explainer.model.module
+        if not is_sharded(model):
+            return self._explainer
+        return Explainer(whole_copy(model), self.tokenizer, self._explainer.settings)
+
+    def _explain(self, trainer: Trainer) -> dict[str, float]:
         # Datasets and collators may draw random numbers; the training's own sequence must not notice.
         with isolate_rng():
             probe = self._choose(trainer)
             chunks = probe.chunks(trainer.global_rank, trainer.world_size)
-            mine = explain_each(self._explainer, probe, chunks, trainer.strategy.batch_to_device)
+            mine = explain_each(self._current(), probe, chunks, trainer.strategy.batch_to_device)
         explanations = numbered(gather(mine.explanations))
         metrics, failures = gather(mine.metrics), gather(mine.failures)
-        self._shown = explanations[: self.num_shown]
-        self._profile = layer_shares(explanations)
-        scalars = probe_scalars(self.method, explanations, metrics, self._profile)
+        if failures and self.strict:
+            first = failures[0]
+            raise SampleFailure(
+                f"sample {first['sample_id']}, method '{self.method}': {first['reason']} (strict: the training ends)"
+            )
+        try:
+            scalars = self._scalars(trainer, explanations, metrics)
+        except Exception as error:  # all processes have the same rows, and so the same error
+            self._warn_once("scalars", f"the scalars could not be computed: {type(error).__name__}: {error}")
+            scalars = {}
         prefix = f"val/explain/{self.method}"
-        if (moved := self._last.advance(explanations, trainer.current_epoch)) is not None:
-            scalars[f"{prefix}/drift"] = moved
         failed = len({row["sample_id"] for row in failures})
         scalars[f"{prefix}/failed"] = float(failed)
         if failed:
@@ -258,6 +275,16 @@ class AttributionCallback(Callback):
             )
         if self.folder is not None and trainer.is_global_zero and not _is_dry(trainer):
             self._write(self.folder, trainer, explanations)
+        return scalars
+
+    def _scalars(
+        self, trainer: Trainer, explanations: list[dict[str, Any]], metrics: list[dict[str, Any]]
+    ) -> dict[str, float]:
+        self._shown = explanations[: self.num_shown]
+        self._profile = layer_shares(explanations)
+        scalars = probe_scalars(self.method, explanations, metrics, self._profile)
+        if (moved := self._last.advance(explanations, trainer.current_epoch)) is not None:
+            scalars[f"val/explain/{self.method}/drift"] = moved
         return scalars
 
     def _write(self, folder: Path, trainer: Trainer, explanations: list[dict[str, Any]]) -> None:

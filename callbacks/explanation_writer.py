@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from calig.pipeline.explainer import Explained, Explainer
-from calig.pipeline.records import EXPLANATION_SCHEMA, METRIC_SCHEMA, append_lines, write_table
+from calig.pipeline.manifest import next_number, write_shard
+from calig.pipeline.metrics.sensitivity import take_rows
 
 
 class ExplanationWriter(BasePredictionWriter):
     """Explains every batch of `Trainer.predict` and writes explanations, metrics and failures.
 
-    Each process writes shards of its own, `part-<rank>-<number>.parquet`, whole or not at all; no collective is
-    needed, so ranks may have different numbers of batches.
+    Each process writes shards of its own, `part-<rank>-<number>`, whole or not at all (`calig.pipeline.manifest`); no
+    collective is needed, so ranks may have different numbers of batches.
 
     Args:
         explainer: Computes the rows.
         folder: The run directory.
         metadata: Kept in every explanation shard (label names, method options).
-        batches_per_shard: Batches between two shards: what a crash can lose.
+        batches_per_shard: Batches between two shards: what a crash can lose, and what a process holds in memory.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class ExplanationWriter(BasePredictionWriter):
         self.batches_per_shard = batches_per_shard
         self._rows = Explained()
         self._waiting = 0
+        self._number: int | None = None
 
     def write_on_batch_end(
         self,
@@ -48,7 +51,7 @@ class ExplanationWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Explain the batch; write when a shard is full."""
-        self._rows.extend(self.explainer.explain(batch))
+        self._rows.extend(explain_parts(self.explainer, batch))
         self._waiting += 1
         if self._waiting >= self.batches_per_shard:
             self._flush(trainer.global_rank)
@@ -57,21 +60,33 @@ class ExplanationWriter(BasePredictionWriter):
         """Write what is left."""
         self._flush(trainer.global_rank)
 
-    def write_all(self, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Explain and write without a Trainer, on this process alone."""
-        for batch in loader:
-            self._rows.extend(self.explainer.explain(batch))
-        self._flush(0)
-
     def _flush(self, rank: int) -> None:
         rows, self._rows, self._waiting = self._rows, Explained(), 0
-        if rows.failures:
-            append_lines(self.folder / "failures.jsonl", rows.failures)
-        if not rows.explanations:
+        if not rows.explanations and not rows.failures:
             return
-        # Both under one name, metrics first: a sample counts as done once its explanations are there.
-        folder = self.folder / "explanations"
-        name = f"part-{rank:05d}-{len(list(folder.glob(f'part-{rank:05d}-*.parquet'))):05d}.parquet"
-        if rows.metrics:
-            write_table(self.folder / "metrics" / name, rows.metrics, METRIC_SCHEMA)
-        write_table(folder / name, rows.explanations, EXPLANATION_SCHEMA, self.metadata)
+        if self._number is None:
+            self._number = next_number(self.folder, rank)
+        write_shard(self.folder, f"part-{rank:05d}-{self._number:05d}", rows, self.metadata)
+        self._number += 1
+
+
+def explain_parts(explainer: Explainer, batch: Mapping[str, Any]) -> Explained:
+    """Explain a batch; what raises is halved until the samples that it comes from stand alone, and those are failures.
+
+    Raises:
+        Exception: Whatever it was, with `strict`.
+    """
+    try:
+        return explainer.explain(batch)
+    except Exception as error:
+        if explainer.settings.strict:
+            raise
+        reason = f"{type(error).__name__}: {error}"
+    ids = batch["sample_id"]
+    if len(ids) > 1:
+        rows = Explained()
+        for half in torch.arange(len(ids)).tensor_split(2):
+            rows.extend(explain_parts(explainer, take_rows(batch, half, len(ids))))
+        return rows
+    failures = [{"sample_id": int(ids[0]), "method": name, "reason": reason} for name in explainer.settings.methods]
+    return Explained(failures=failures)

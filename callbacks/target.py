@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from calig.pipeline.attribution.wrapping import refuse_prompt_tuning
 from calig.pipeline.errors import InputError
 
-# FSDP2 and tensor parallelism (ModelParallelStrategy) too: outside the training step their parameters are DTensors.
-_SHARDING = ("FSDPStrategy", "XLAFSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+# ModelParallelStrategy (FSDP2, tensor parallelism) shards too, but its parameters can be gathered: see `sharded`.
+_SHARDING = ("FSDPStrategy", "XLAFSDPStrategy", "DeepSpeedStrategy")
 
 
 def check_strategy(strategy: Any) -> None:

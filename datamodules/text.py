@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler, Subset
 from transformers import PreTrainedTokenizerBase
 
 from calig.datamodules.collate import TextCollator
@@ -73,6 +73,19 @@ class EpochSampler(RandomSampler):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         yield from torch.randperm(len(self.data_source), generator=generator).tolist()
+
+
+class ExactShare(DistributedSampler[int]):
+    """Every n-th row, none repeated to even out the shares; a share may be empty.
+
+    Lightning leaves a sampler of this family alone; its own one wants a row per process.
+    """
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
 
 class TextDataModule(LightningDataModule):
@@ -216,6 +229,8 @@ class TextDataModule(LightningDataModule):
         batch_size: int | None = None,
         seed: int | None = None,
         exclude: Collection[int] = (),
+        rank: int = 0,
+        world_size: int = 1,
     ) -> DataLoader[Encoded]:
         """A fixed, seeded subset of a split in a fixed order: longest first, so that a batch holds little padding.
 
@@ -225,6 +240,8 @@ class TextDataModule(LightningDataModule):
             batch_size: Defaults to that of the evaluation loaders.
             seed: Chooses the subset; defaults to the module's seed.
             exclude: Sample ids to leave out of the chosen subset (those that are explained already).
+            rank: Which share of what is left.
+            world_size: How many shares there are.
         """
         dataset = self.dataset(split)
         if num_samples is not None and num_samples < 1:
@@ -233,7 +250,8 @@ class TextDataModule(LightningDataModule):
         chosen = torch.randperm(len(dataset), generator=generator)[:num_samples].tolist()
         chosen = [index for index in chosen if dataset[index]["sample_id"] not in exclude]
         chosen.sort(key=lambda index: (-len(dataset[index]["input_ids"]), index))
-        return self._loader(Subset(dataset, chosen), batch_size or self._eval_batch_size)
+        subset = Subset(dataset, chosen)
+        return self._loader(subset, batch_size or self._eval_batch_size, ExactShare(subset, world_size, rank))
 
     def truncation(self) -> dict[str, Truncation]:
         """How many texts of every split ``data.max_length`` cuts, and how much of them."""
@@ -292,11 +310,11 @@ class TextDataModule(LightningDataModule):
         return EncodedDataset(list(shown))
 
     def _loader(
-        self, dataset: Dataset[Encoded], batch_size: int, sampler: EpochSampler | None = None
+        self, dataset: Dataset[Encoded], batch_size: int, sampler: Sampler[int] | None = None
     ) -> DataLoader[Encoded]:
         return DataLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,  # by name: Lightning makes predict loaders anew from what they were given
             sampler=sampler,
             num_workers=self.config.num_workers,
             collate_fn=self.collator,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,23 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
         load_adapted(model, adapters, load)
     else:
         load(model)
+
+
+def check_whole(path: Path) -> None:
+    """Read a checkpoint through before a training goes on from it: torch stores a checksum with every tensor.
+
+    Raises:
+        InputError: It is cut off or damaged; names the way out.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        damaged = first_line(error)
+    if damaged is not None:
+        others = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
+        instead = f"put another in its place ({', '.join(others)}), or " if others else ""
+        raise InputError(f"{path} is damaged ({damaged}): {instead}delete it to train from the start.")
 
 
 def family_of(model: nn.Module) -> str:

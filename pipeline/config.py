@@ -161,6 +161,7 @@ class ExplainConfig:
     split: Literal["train", "val", "test"] = _key("test", "split that is explained")
     num_samples: int | None = _key(300, "seeded sample of the split (null: all of it)", low=1)
     batch_size: int = _key(16, "examples per batch", low=1)
+    batches_per_shard: int = _key(20, "batches between two files of results: what a crash can lose", low=1)
     steps: int | Literal["auto"] = _key("auto", "quadrature nodes; auto refines until tolerance", low=2)
     tolerance: float = _key(0.02, "allowed completeness error of steps=auto, relative to the output change", above=0)
     max_steps: int = _key(129, "most nodes of steps=auto, which starts with 9", low=9)

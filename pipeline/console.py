@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import traceback
@@ -21,6 +22,7 @@ _NOISE = (
     ".*log_every_n_steps.*",
     ".*LeafSpec.*",
     ".*predict returned None.*",
+    ".*across ranks is zero.*",
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*Checkpoint directory .* exists and is not empty.*",
 )
@@ -75,7 +77,8 @@ class Console:
             if error is not None:
                 # The terminal shows one line; whoever looks into a run that took hours wants to see where.
                 self._stream.writelines(traceback.format_exception(error))
-            self._stream.close()
+            with contextlib.suppress(OSError):
+                self._stream.close()
             self._file = self._handler = None
 
     def say(self, message: Any) -> None:
@@ -84,9 +87,12 @@ class Console:
             if target is not None:
                 # Nothing is cropped: a narrow terminal wraps, a pipe gets whole lines.
                 width = None if isinstance(message, str) else max(target.width, 100)
-                target.print(message, markup=False, width=width, crop=False)
+                # A full disk must not end a training through a line of its log; a broken pipe does end the run.
+                with contextlib.suppress(*([OSError] if target is self._file else [])):
+                    target.print(message, markup=False, width=width, crop=False)
         if self._file is not None:
-            self._stream.flush()
+            with contextlib.suppress(OSError):
+                self._stream.flush()
 
     def warn(self, message: str) -> None:
         """Print a warning."""

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from calig.pipeline.compose import save
 from calig.pipeline.config import Config
 from calig.pipeline.errors import InputError
-from calig.pipeline.records import read_lines, write_json
+from calig.pipeline.records import atomic_write, read_lines, write_json
 
 _PACKAGES = ("calig", "torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb", "omegaconf", "pyarrow")
 
@@ -63,6 +63,14 @@ class RunDirectory:
         """What could not be explained, once per sample and method."""
         rows = read_lines(self.path / "failures.jsonl")
         return list({(row["sample_id"], row["method"]): row for row in rows}.values())
+
+    def set_failures(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write `failures.jsonl` anew; without failures there is none."""
+        file = self.path / "failures.jsonl"
+        if rows:
+            atomic_write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        else:
+            file.unlink(missing_ok=True)
 
     def keep(self) -> None:
         """The run gets to work: what it replaces may go, and from here on nothing is undone."""

@@ -165,9 +165,26 @@ class Explainer:
                 `special_tokens_mask`, `word_ids` (-1 on special tokens), `rationale` (-1 on special tokens; each
                 (B, T)) and `rationale_missed` (B,) where known.
 
+        A batch that does not fit into memory is halved until it does; a sample that does not fit alone is a failure.
+
         Raises:
             SampleFailure: With `strict`, at the first failure.
         """
+        try:
+            return self._explain(batch)
+        except torch.OutOfMemoryError:
+            size = len(batch["sample_id"])
+            if size == 1:
+                raise
+        # Behind the handler: the error holds on to the frames of the failed try, and so to their tensors.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rows = Explained()
+        for half in torch.arange(size).tensor_split(2):
+            rows.extend(self.explain(take_rows(batch, half, size)))
+        return rows
+
+    def _explain(self, batch: Mapping[str, Any]) -> Explained:
         ids = [int(i) for i in batch["sample_id"].tolist()]
         special = batch.get("special_tokens_mask")
         rows = Explained()
@@ -192,6 +209,8 @@ class Explainer:
                     self._fail(rows, ids, name, str(error))
                     continue
                 except torch.OutOfMemoryError as error:
+                    if len(ids) > 1:
+                        raise
                     self._fail(rows, ids, name, f"out of memory: {error}")
                     comparable = False
                     continue

@@ -16,7 +16,7 @@ from calig.pipeline.console import Console
 from calig.pipeline.records import atomic_write
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger, WandbLogger
+    from lightning.pytorch.loggers import Logger
 
 METRICS = "metrics.csv"
 _EARLIER = ".metrics-before.csv"
@@ -37,7 +37,7 @@ def make_loggers(config: Config, folder: Path, console: Console, *, main: bool) 
         # CSVLogger deletes what an earlier session of this run wrote: set it aside, and join it at the end.
         join_metrics(folder)
         (folder / METRICS).replace(folder / _EARLIER)
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
+    loggers: list[Logger] = [_guarded(CSVLogger, METRICS, console)(folder, name="", version="")]
     if config.logger.wandb.mode != "disabled":
         wandb_logger = _wandb_logger(config, folder, console)
         if wandb_logger is not None:
@@ -85,8 +85,8 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def _guarded(cls: type[WandbLogger], console: Console) -> type[WandbLogger]:
-    """A WandbLogger that says once that it failed and is silent from then on: a logger never ends a training."""
+def _guarded(cls: type[Any], what: str, console: Console) -> type[Any]:
+    """A logger that says once that it failed and is silent from then on: a logger never ends a training."""
 
     def guard(name: str) -> Callable[..., Any]:
         original = getattr(cls, name)
@@ -98,13 +98,13 @@ def _guarded(cls: type[WandbLogger], console: Console) -> type[WandbLogger]:
                 return original(self, *args, **kwargs)
             except Exception as error:
                 self.calig_failed = True
-                console.warn(f"Weights & Biases failed and is left out from here: {type(error).__name__}: {error}")
+                console.warn(f"{what} failed and is left out from here: {type(error).__name__}: {error}")
                 return None
 
         return call
 
     names = ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint")
-    return type("WandbLogger", (cls,), {name: guard(name) for name in names})
+    return type(cls.__name__, (cls,), {name: guard(name) for name in names})
 
 
 def _wandb_logger(config: Config, folder: Path, console: Console) -> Logger | None:
@@ -118,7 +118,7 @@ def _wandb_logger(config: Config, folder: Path, console: Console) -> Logger | No
         import wandb
 
         target.mkdir(exist_ok=True)
-        logger = _guarded(WandbLogger, console)(
+        logger = _guarded(WandbLogger, "Weights & Biases", console)(
             name=config.run.name,
             project=settings.project,
             entity=settings.entity,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from calig.pipeline.errors import InputError
 
 SCHEMA_VERSION = 1
+_ROWS = 4096  # unpacked at once when a table is read
 
 EXPLANATION_SCHEMA = pa.schema(
     [
@@ -52,14 +54,52 @@ METRIC_SCHEMA = pa.schema(
 """Long form; `control` is none, random or reversed, `q` the bin or null for a number without bins or their mean."""
 
 
+class Digest(NamedTuple):
+    """What a file must look like to be whole."""
+
+    size: int
+    crc32: int
+
+    @classmethod
+    def of(cls, path: Path) -> Digest:
+        """Read a file through, a piece at a time."""
+        size = crc = 0
+        with path.open("rb") as stream:
+            while piece := stream.read(2**20):
+                size, crc = size + len(piece), zlib.crc32(piece, crc)
+        return cls(size, crc)
+
+
 def atomic_write(path: Path, data: str | bytes) -> None:
-    """Write a file whole or not at all: temporary name, fsync, rename."""
+    """Write a file whole or not at all: temporary name, fsync, rename.
+
+    Raises:
+        OSError: It cannot be written, because the disk is full, say; it names the path, and nothing is left behind.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data.encode() if isinstance(data, str) else data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data.encode() if isinstance(data, str) else data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno is not None:
+            error.filename = str(path)  # a failing write names no file, a failing rename the temporary one
+            error.filename2 = None
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename outlast a power cut, where the system has folders to open."""
+    if hasattr(os, "O_DIRECTORY"):
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -69,8 +109,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def write_table(
     path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, metadata: Mapping[str, Any] | None = None
-) -> None:
-    """Write rows as one parquet file, atomically.
+) -> Digest:
+    """Write rows as one parquet file, atomically; returns what the file must look like.
 
     Args:
         path: Where to.
@@ -84,7 +124,9 @@ def write_table(
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, sink.getvalue().to_pybytes())
+    data = sink.getvalue().to_pybytes()
+    atomic_write(path, data)
+    return Digest(len(data), zlib.crc32(data))
 
 
 def table_metadata(path: Path) -> dict[str, Any]:
@@ -109,11 +151,23 @@ def shards(folder: Path) -> list[Path]:
 
 
 def read_rows(folder: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of all shards of a folder, one shard in memory at a time."""
+    """The rows of all shards of a folder, some thousands in memory at a time."""
+    for batch in _batches(folder, columns):
+        yield from batch.to_pylist()
+
+
+def read_numbers(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics table that statistics are made of: those of single bins, most of it, are never unpacked."""
+    for batch in _batches(folder, None):
+        yield from batch.filter(batch.column("q").is_null()).to_pylist()
+
+
+def _batches(folder: Path, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     for path in shards(folder):
         table_metadata(path)
         # ParquetFile, because a dataset reader would make columns of `key=value` in the folder's own path.
-        yield from pq.ParquetFile(path).read(columns=columns).to_pylist()
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(_ROWS, columns=columns)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

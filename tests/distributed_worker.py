@@ -1,21 +1,38 @@
-"""Run by `test_contexts.py` and `test_attribution_callback.py` in a process of its own: two gloo processes by fork.
-
-usage: distributed_worker.py TASK DEVICES FOLDER
-"""
+"""Tasks that tests run in processes of their own, forked from a warm one: see `forked.run_worker`."""
 
 import json
-import sys
+import resource
+import signal
 from pathlib import Path
 
 import torch
 from conftest import make_bert
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 from calig.callbacks import AttributionCallback
 from calig.pipeline.attribution import attribute
+from calig.pipeline.cli import main
 
 torch.set_num_threads(1)
+
+# What `calig run` imports on its way, so that a forked child has it.
+WARM = (
+    "calig.datamodules.remaining",
+    "calig.pipeline.explainer",
+    "calig.pipeline.models",
+    "calig.pipeline.run",
+    "calig.pipeline.stages.explain",
+    "datasets",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.bert.modeling_bert",
+)
 
 
 def make_rows(count):
@@ -45,6 +62,13 @@ class Classifier(LightningModule):
     def __init__(self):
         super().__init__()
         self.net = make_bert(layers=2).train()  # dropout on, as in any training
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.net, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.net.bert.encoder.layer:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
 
     def run(self, batch):
         keys = ("input_ids", "attention_mask", "labels")
@@ -90,11 +114,14 @@ class AttributeEverywhere(Callback):
 
 
 def make_trainer(devices, folder, callbacks, **arguments):
+    strategy = arguments.pop("strategy", "ddp_fork" if devices > 1 else "auto")
+    if arguments.pop("static_graph", False):
+        strategy = DDPStrategy(start_method="fork", static_graph=True)
     return Trainer(
         **{
             "accelerator": "cpu",
             "devices": devices,
-            "strategy": "ddp_fork" if devices > 1 else "auto",
+            "strategy": ForkedFSDP2(devices, tensor_parallel_size=1) if strategy == "fsdp2" else strategy,
             "max_epochs": 1,
             "logger": False,
             "enable_checkpointing": False,
@@ -105,6 +132,15 @@ def make_trainer(devices, folder, callbacks, **arguments):
             **arguments,
         }
     )
+
+
+class ForkedFSDP2(ModelParallelStrategy):
+    """FSDP2 on forked processes; Lightning itself starts it by a script only."""
+
+    def _configure_launcher(self):
+        self._launcher = _MultiProcessingLauncher(self, start_method="fork")
+        # The sharded weights of the processes do not go back into the one that started them.
+        self._launcher._recover_results_in_main_process = lambda *_: None
 
 
 def loader(count, size=3, shuffle=False):
@@ -125,14 +161,58 @@ def contexts(devices, folder):
             getattr(trainer, loop)(module, loader(5))
 
 
-def callback(devices, folder, num_samples=7, count=9, **arguments):
+def callback(devices, folder, arguments="{}", num_samples=7, count=9, **more):
     """Train with the callback; write the scalars it logged and the rows it wrote."""
     seed_everything(0, verbose=False)
-    module = Classifier()
+    module = more.pop("module", None) or Classifier()
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
-    probe = AttributionCallback(num_samples=num_samples, folder=Path(folder) / "probe", batch_size=2)
-    trainer = make_trainer(devices, folder, [probe, Scalars(folder)], max_epochs=2, **arguments)
+    strict = more.pop("strict", False)
+    probe = AttributionCallback(num_samples=num_samples, folder=Path(folder) / "probe", batch_size=2, strict=strict)
+    trainer = make_trainer(devices, folder, [probe, Scalars(folder)], max_epochs=2, **json.loads(arguments))
     trainer.fit(module, loader(8), loader(count))
+
+
+def observed(folder, arguments):
+    """Train on two processes without and with the callback; keep the weights."""
+    for name in ("plain", "watched"):
+        seed_everything(0, verbose=False)
+        module = Classifier()
+        torch.save(module.state_dict(), f"{folder}/start.pt")
+        callbacks = [AttributionCallback(num_samples=5)] if name == "watched" else []
+        callbacks.append(Weights(folder, name))
+        trainer = make_trainer(2, folder, callbacks, max_epochs=2, **json.loads(arguments))
+        trainer.fit(module, loader(13, size=2, shuffle=True), loader(7))
+
+
+class Weights(Callback):
+    """Saves the weights where they are, in a process of the training."""
+
+    def __init__(self, folder, name):
+        self.folder, self.name = Path(folder), name
+
+    def on_train_end(self, trainer, module):
+        state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if trainer.is_global_zero:
+            torch.save(state, self.folder / f"{self.name}.pt")
+            values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            (self.folder / "scalars.json").write_text(json.dumps(values))
+
+
+def failing_sample(folder, strict):
+    """Training with two processes and a validation text that the model cannot read once the training has begun."""
+    module = Classifier()
+    forward = module.net.forward
+    poison = make_rows(9)[3]["input_ids"]
+
+    def refuse(*args, **kwargs):
+        ids = kwargs["input_ids"]
+        alone = module.trainer.global_step > 0 and "labels" not in kwargs  # the training's own passes have them
+        if alone and any(torch.equal(row, poison) for row in ids[:, : len(poison)]):
+            raise ValueError("no such token")
+        return forward(*args, **kwargs)
+
+    module.net.forward = refuse
+    callback(2, folder, module=module, strict=strict, num_samples=9)
 
 
 class Scalars(Callback):
@@ -150,6 +230,15 @@ def empty_rank(devices, folder):
     callback(devices, folder, num_samples=1)
 
 
-if __name__ == "__main__":
-    task, devices, folder = sys.argv[1:]
-    {"contexts": contexts, "callback": callback, "empty_rank": empty_rank}[task](int(devices), folder)
+def command(*arguments):
+    """`calig` with these arguments, which must end well."""
+    code = main([*arguments, "--traceback"])
+    assert code == 0, f"calig ended with {code}"
+
+
+def command_on_a_full_disk(room, *arguments):
+    """`calig` where no file can grow beyond `room` bytes; returns nothing, as `calig` must have ended with 1."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write that is too long then fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    code = main(list(arguments))
+    assert code == 1, f"calig ended with {code}"

@@ -1,18 +1,14 @@
 """AttributionCallback: no observer effect, the same numbers on any number of processes, keys, errors, foreign use."""
 
 import json
-import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from distributed_worker import Classifier, loader, make_rows, make_trainer
+from forked import run_worker
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from test_contexts import run_worker
-
-sys.path.insert(0, str(Path(__file__).parent))
-from distributed_worker import Classifier, loader, make_rows, make_trainer
 
 from calig.callbacks import AttributionCallback
 from calig.pipeline.errors import InputError
@@ -112,7 +108,10 @@ def test_validate_alone_runs_it_too(tmp_path):
 
 @pytest.mark.parametrize("task", ["callback", "empty_rank"])
 def test_two_processes_give_what_one_gives(task, tmp_path):
-    folders = [run_worker(task, devices, tmp_path / str(devices)) for devices in (1, 2)]
+    folders = [tmp_path / str(devices) for devices in (1, 2)]
+    for devices, folder in enumerate(folders, start=1):
+        folder.mkdir()
+        run_worker(task, devices, folder)
     one, two, other = (
         json.loads((folder / name).read_text())
         for folder, name in (

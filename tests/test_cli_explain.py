@@ -1,15 +1,15 @@
 """`calig explain` as a user types it, and what ends a command early."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from signalled import signalled
+from test_cli import TINY
 from test_explain_api import TEXTS, make_folder, make_run
 
 from calig.pipeline import cli, load_explanations
@@ -198,31 +198,11 @@ def test_exits_that_libraries_make_of_interrupts(command, cause, code, monkeypat
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_during_training_ends_with_its_code(tmp_path, number, code):
-    from test_cli import TINY
-
     settings = [item for item in TINY if "max_epochs" not in item]
     arguments = [f"run.dir={tmp_path / 'run'}", *settings, "trainer.max_epochs=2000", "probe.enabled=false"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     line = [CALIG, "run", *arguments, "logger.wandb.mode=disabled"]
-    process = subprocess.Popen(
-        line,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "run").glob("checkpoints/*")) and time.monotonic() < deadline:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.2)
-        process.send_signal(number)
-        _, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code, error
+    ended, error = signalled(line, number, lambda: list((tmp_path / "run").glob("checkpoints/*")))
+    assert ended == code, error
     assert "Traceback" not in error
 
 

@@ -24,8 +24,8 @@ KEYS = {
     "limit_val limit_test batch_size eval_batch_size num_workers val_fraction test_fraction",
     "data.columns.": "text text_pair label rationale",
     "data.size.": "train val test",
-    "explain.": "methods split num_samples batch_size steps tolerance max_steps max_tokens_per_pass target operator "
-    "metrics limits perturbation_target strict options",
+    "explain.": "methods split num_samples batch_size batches_per_shard steps tolerance max_steps max_tokens_per_pass "
+    "target operator metrics limits perturbation_target strict options",
     "calibrate.": "split num_samples objective operator grid",
     "probe.": "enabled method num_samples every_n_epochs steps",
     "logger.wandb.": "mode project entity tags",

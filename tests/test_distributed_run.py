@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from signalled import signalled
 from test_cli import TINY
 
 from calig.pipeline.records import read_rows, table_metadata
@@ -50,24 +50,10 @@ def test_two_processes_explain_every_sample_once_and_like_one(tmp_path):
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_ends_with_its_code_and_can_be_continued(tmp_path, sent, code):
     folder = tmp_path / "run"
-    line, environment = command(folder, "trainer.max_epochs=120", "logger.wandb.mode=disabled", "probe.enabled=false")
-    process = subprocess.Popen(
-        line,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
     last = folder / "checkpoints" / "last.ckpt"
-    for _ in range(600):
-        if last.exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(sent)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == code, output[-2000:]
+    line, environment = command(folder, "trainer.max_epochs=120", "logger.wandb.mode=disabled", "probe.enabled=false")
+    ended, error = signalled(line, sent, last.exists)
+    assert ended == code, error[-2000:]
     assert last.exists()
     again = [CALIG, "run", f"run.resume={folder}", "stages=[fit,test]"]
     done = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=120)

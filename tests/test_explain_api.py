@@ -160,7 +160,7 @@ def test_a_decoder_whose_config_names_no_pad_token(run_dir, tmp_path):
         (["\udcff"], {}, "Unicode"),
         (["a"], {"method": "ca_lik"}, "ca_lig"),
         (["a"], {"lamda": 1}, "lam"),
-        (["a"], {"baseline": "black"}, "pad"),
+        (["a"], {"baseline": "grey"}, "pad"),
         (["a"], {"fusion": "columns"}, "column"),
         (["a"], {"steps": 1}, "at least 2"),
         (["a"], {"batch_size": 0}, "batch_size"),

@@ -162,7 +162,7 @@ def test_what_cannot_work_at_all_is_said_before_the_first_step(tmp_path, argumen
     assert module.trainer.global_step == 0
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_strategies_that_shard_are_refused_with_the_way_out(name):
     import lightning.pytorch.strategies as strategies
 

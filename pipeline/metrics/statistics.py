@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -219,7 +220,8 @@ def unique_values(rows: Iterable[Mapping[str, Any]], *, q: float | None = None) 
     Raises:
         MetricError: As in `summarise`.
     """
-    groups: dict[Key, tuple[list[int], list[float]]] = {}
+    # Arrays: 16 bytes per sample and metric, a quarter of what lists of Python numbers take.
+    groups: dict[Key, tuple[array[int], array[float]]] = {}
     for row in rows:
         if row["q"] != q:
             continue
@@ -228,7 +230,7 @@ def unique_values(rows: Iterable[Mapping[str, Any]], *, q: float | None = None) 
         if value is not None and not abs(value) < float("inf"):
             reason = f"{key[2]} (control '{row['control']}') is {value}"
             raise MetricError(reason, sample_id=row["sample_id"], method=row["method"])
-        ids, values = groups.setdefault(key, ([], []))
+        ids, values = groups.setdefault(key, (array("q"), array("d")))
         ids.append(row["sample_id"])
         values.append(float("nan") if value is None else value)
     found: dict[Key, Values] = {}

@@ -3,64 +3,77 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import errno
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from calig.pipeline.directory import RunDirectory
-from calig.pipeline.explainer import NON_FINITE_OUTPUT, limited, scalar_key
+from calig.pipeline import manifest
+from calig.pipeline.explainer import limited, scalar_key
 from calig.pipeline.metrics import Summary, is_flagged, small_sample_warning, summarise
 from calig.pipeline.metrics.randomisation import KEPT_TOO_MUCH
-from calig.pipeline.records import atomic_write, read_rows, shards
+from calig.pipeline.records import read_numbers, read_rows, shards
 from calig.pipeline.run import RunContext
 from calig.pipeline.stages.fit import lower_is_better
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHOWN = {"token_f1": "token_f1", "auprc": "auprc", "comprehensiveness": "compreh.", "sufficiency": "suffic."}
 
 
 def run_stage(context: RunContext) -> None:
     """Explain the chosen samples that are not explained yet, and summarise."""
     from calig.callbacks import ExplanationWriter
+    from calig.datamodules.remaining import RemainingSamples
 
     config, directory = context.config.explain, context.directory
     data, module, explainer = context.data, context.module, context.explainer
-    methods = dict(explainer.settings.methods)
     # Of all samples, those that are done already too: a continued run measures what it would have measured at once.
     every: Any = data.explain_dataloader(config.split, config.num_samples, seed=context.config.seed).dataset
     only = limited((row["sample_id"] for row in every), config.limits, context.config.seed)
     length = rationale_length(data.dataset(config.split).rows)
     explainer.settings = dataclasses.replace(explainer.settings, only=only, dataset_length=length)
-    metadata = {"label_names": data.label_names, "methods": methods, "split": config.split}
-    writer = ExplanationWriter(explainer, directory.path, metadata)
-    done = {row["sample_id"] for row in read_rows(directory / "explanations", columns=["sample_id"])}
-    if context.is_main:
-        drop_unfinished(directory, done)
-    loader = data.explain_dataloader(
-        config.split, config.num_samples, config.batch_size, context.config.seed, exclude=done
+    metadata = {
+        "label_names": data.label_names,
+        "methods": dict(explainer.settings.methods),
+        "split": config.split,
+        "target": config.target,
+        "operator": config.operator,
+        "metrics": list(config.metrics),
+        "limits": dict(config.limits),
+        "perturbation_target": config.perturbation_target,
+    }
+    writer = ExplanationWriter(explainer, directory.path, metadata, batches_per_shard=config.batches_per_shard)
+    remaining = RemainingSamples(
+        lambda: look_up(context, metadata),
+        lambda done, rank, world_size: data.explain_dataloader(
+            config.split, config.num_samples, config.batch_size, context.config.seed, done, rank, world_size
+        ),
     )
     trainer = context.trainer
-    left = len(loader.dataset)  # type: ignore[arg-type]
-    if left >= trainer.world_size:
-        trainer.callbacks.append(writer)  # type: ignore[attr-defined]
-        try:
-            trainer.predict(module, dataloaders=loader, return_predictions=False)
-        finally:
-            trainer.callbacks.remove(writer)  # type: ignore[attr-defined]
-    elif context.is_main:
-        # Lightning's exact sampler wants a sample per process; what is left fits into one.
-        writer.write_all(loader)
+    trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+    try:
+        trainer.predict(module, datamodule=remaining, return_predictions=False)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise RuntimeError(
+            f"{error.filename} cannot be written: {error.strerror}. What was explained before is kept: make room, and "
+            f"run.resume={directory.path} goes on."
+        ) from error
+    finally:
+        trainer.callbacks.remove(writer)  # type: ignore[attr-defined]
     trainer.strategy.barrier("explanations written")
     if not context.is_main:
         return
-    failures = directory.failures
-    broken = [row["sample_id"] for row in failures if row["reason"] == NON_FINITE_OUTPUT]
-    if broken:
-        listed = ", ".join(map(str, sorted(set(broken))[:5]))
+    failures = manifest.failures(directory.path)
+    directory.set_failures(failures)
+    if failures and not shards(directory / "explanations"):
+        reasons = Counter(row["reason"] for row in failures)
         raise RuntimeError(
-            f"{NON_FINITE_OUTPUT} for {len(set(broken))} samples of the {config.split} split (sample_id {listed}): its "
-            "weights are broken, or it overflows. Explanations of the others are written."
+            f"none of {len({row['sample_id'] for row in failures})} samples of the {config.split} split could be "
+            f"explained: {reasons.most_common(1)[0][0]}"
         )
-    summaries = summarise(read_rows(directory / "metrics"), seed=context.config.seed)
+    summaries = summarise(read_numbers(directory / "metrics"), seed=context.config.seed)
     worst: dict[str, float] = {}
     for row in read_rows(directory / "explanations", columns=["method", "completeness_gap"]):
         if row["completeness_gap"] is not None:
@@ -87,19 +100,16 @@ def rationale_length(rows: Iterable[Mapping[str, Any]]) -> float | None:
     return sum(marked) / len(marked) if marked else None
 
 
-def drop_unfinished(directory: RunDirectory, done: set[int]) -> None:
-    """Drop what a broken-off session wrote of samples that it did not finish; they are explained again.
-
-    Metrics are written just before the explanations of the same shard, and a sample is done once its explanations are
-    there.
-    """
-    for path in shards(directory / "metrics"):
-        if not (directory / "explanations" / path.name).exists():
-            path.unlink()
-    file = directory / "failures.jsonl"
-    if file.exists():
-        kept = [row for row in directory.failures if row["sample_id"] in done]
-        atomic_write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+def look_up(context: RunContext, metadata: Mapping[str, Any]) -> set[int]:
+    """The samples that earlier sessions of the run have explained; what they left unfinished is deleted."""
+    run = context.directory.path
+    standing = manifest.take_up(run)
+    for damage in standing.damaged:
+        context.console.warn(f"{damage}; its samples are explained again")
+    manifest.check_settings(run, standing, metadata)
+    if standing.done:
+        context.console.say(f"explain  {len(standing.done):,} samples are explained already")
+    return standing.done
 
 
 def scalars(

@@ -33,6 +33,7 @@ def run_stage(context: RunContext) -> None:
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
     from calig.callbacks import AttributionCallback
+    from calig.pipeline.checkpoint import check_whole
     from calig.pipeline.models import finish_training, load_checkpoint, prepare_training
 
     config, directory = context.config, context.directory
@@ -60,12 +61,15 @@ def run_stage(context: RunContext) -> None:
                 label_names=data.label_names,
                 folder=directory / "probe",
                 seed=config.seed,
+                strict=config.explain.strict,
             ),
         )
     # A Trainer that an earlier stage made has none of these callbacks.
     vars(context).pop("trainer", None)
     trainer = context.trainer
     last = directory / "checkpoints" / "last.ckpt"
+    if last.exists():
+        check_whole(last)
     trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
     if checkpoint.best_model_path:
         load_checkpoint(module.model, checkpoint.best_model_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from calig.pipeline.directory import RunDirectory
 from calig.pipeline.errors import InputError
 from calig.pipeline.loading import learning_curves, rationale_by_word
 from calig.pipeline.metrics import metric_key, summarise
-from calig.pipeline.records import atomic_write, read_rows, shards, table_metadata
+from calig.pipeline.records import atomic_write, read_numbers, read_rows, shards, table_metadata
 from calig.pipeline.render.report import render_report
 from calig.pipeline.render.rows import MetricRow, ReportData, Sample, SampleExplanation
 from calig.pipeline.run import RunContext
@@ -58,10 +59,11 @@ def collect(directory: RunDirectory) -> ReportData:
     config = load(directory.path, check=False)
     files = shards(directory / "explanations")
     label_names = table_metadata(files[0]).get("label_names", []) if files else []
-    rows = list(read_rows(directory / "metrics"))
     metrics = [
         MetricRow(method, metric, summary.mean, summary.low, summary.high, control)  # type: ignore[arg-type]
-        for (method, control, metric), summary in summarise(rows, seed=config.seed).items()
+        for (method, control, metric), summary in summarise(
+            read_numbers(directory / "metrics"), seed=config.seed
+        ).items()
         # The method `random` is measured as the control, which stands below the methods.
         if summary.mean is not None and (method, control) != ("random", "none") and metric not in _UNSHOWN
     ]
@@ -73,7 +75,7 @@ def collect(directory: RunDirectory) -> ReportData:
         versions={key: str(value) for key, value in _versions(directory).items()},
         curves=curves,
         metrics=metrics,
-        samples=_samples(directory, rows, config.explain.methods),
+        samples=_samples(directory, config.explain.methods),
         explained=len({row["sample_id"] for row in read_rows(directory / "explanations", columns=["sample_id"])}),
         label_names=label_names,
         primary_method=config.explain.methods[0],
@@ -100,14 +102,12 @@ def _versions(directory: RunDirectory) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
 
 
-def _samples(directory: RunDirectory, metrics: list[dict[str, Any]], methods: list[str]) -> list[Sample]:
-    chosen: set[int] = set()
-    for row in read_rows(directory / "explanations", columns=["sample_id"]):
-        chosen.add(row["sample_id"])
-    chosen = set(sorted(chosen)[:MAX_SAMPLES])
+def _samples(directory: RunDirectory, methods: list[str]) -> list[Sample]:
+    ids = {row["sample_id"] for row in read_rows(directory / "explanations", columns=["sample_id"])}
+    chosen = set(heapq.nsmallest(MAX_SAMPLES, ids))
     values: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)
-    for row in metrics:
-        if row["sample_id"] in chosen and row["control"] == "none" and row["q"] is None and row["value"] is not None:
+    for row in read_numbers(directory / "metrics"):
+        if row["sample_id"] in chosen and row["control"] == "none" and row["value"] is not None:
             values[row["sample_id"], row["method"]][metric_key(row)] = row["value"]
     found: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in read_rows(directory / "explanations"):

@@ -1,0 +1,37 @@
+"""What is left to explain, found out where the processes of a run know each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from calig.datamodules.text import Encoded
+
+
+class RemainingSamples(LightningDataModule):
+    """The samples that have no explanation yet, shared out exactly: none twice, and a process may have none.
+
+    A cluster starts its processes side by side, and before `Trainer.predict` none knows of the others. So what is done
+    is looked up in here: by one process, because the look-up deletes unfinished files, and for all of them.
+
+    Args:
+        look_up: Gives the ids of the samples that are done; called on the first process alone.
+        loader: Makes the loader of a share, of (done, rank, world size).
+    """
+
+    def __init__(
+        self, look_up: Callable[[], Collection[int]], loader: Callable[[Collection[int], int, int], DataLoader[Encoded]]
+    ) -> None:
+        super().__init__()
+        self._look_up = look_up
+        self._loader = loader
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def predict_dataloader(self) -> DataLoader[Encoded]:
+        """The share of this process."""
+        assert self.trainer is not None  # it calls this
+        done = self._look_up() if self.trainer.is_global_zero else ()
+        done = self.trainer.strategy.broadcast(done)
+        return self._loader(done, self.trainer.global_rank, self.trainer.world_size)

@@ -1,0 +1,147 @@
+"""Which samples of a run are explained: a manifest per shard, and what a broken-off session left behind.
+
+A shard is up to two parquet files of one name, in `explanations/` and `metrics/`, and its manifest in `manifest/`. The
+manifest is written last and makes the shard count: it names the samples, what failed, and the size and checksum of the
+files. So a job that was killed leaves whole shards and pieces that can be told from them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calig.pipeline.errors import InputError
+from calig.pipeline.explainer import Explained
+from calig.pipeline.records import EXPLANATION_SCHEMA, METRIC_SCHEMA, Digest, write_json, write_table
+
+_FOLDERS = ("explanations", "metrics")
+_SETTINGS = ("methods", "split", "target", "operator", "metrics", "limits", "perturbation_target")
+
+
+@dataclass
+class Standing:
+    """What a run has got so far.
+
+    Attributes:
+        done: Samples with an explanation; a sample that failed for every method is tried again.
+        damaged: Of shards that were taken out because their files are not what was written: what is wrong.
+        settings: What the shards were explained with.
+    """
+
+    done: set[int] = field(default_factory=set)
+    damaged: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def write_shard(run: Path, name: str, rows: Explained, metadata: Mapping[str, Any]) -> None:
+    """Write the rows of some samples; they count once the last of the files stands.
+
+    Args:
+        run: The run directory.
+        name: Of the shard, without an ending.
+        rows: Of samples that no other shard has.
+        metadata: Kept in the explanations' file, and what matters for going on in the manifest.
+
+    Raises:
+        OSError: Something cannot be written; the samples do not count then.
+    """
+    files: dict[str, Digest] = {}
+    for folder, table, schema, extra in (
+        ("metrics", rows.metrics, METRIC_SCHEMA, None),
+        ("explanations", rows.explanations, EXPLANATION_SCHEMA, metadata),
+    ):
+        if table:
+            files[f"{folder}/{name}.parquet"] = write_table(run / folder / f"{name}.parquet", table, schema, extra)
+    path = run / "manifest" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    values = {
+        "samples": sorted({row["sample_id"] for row in rows.explanations}),
+        "failures": rows.failures,
+        "files": {file: digest._asdict() for file, digest in files.items()},
+        "settings": {key: metadata[key] for key in _SETTINGS if key in metadata},
+    }
+    write_json(path, values)
+
+
+def next_number(run: Path, rank: int) -> int:
+    """The first shard number of a process that no file has, whoever wrote it."""
+    taken = [path.stem for folder in ("manifest", *_FOLDERS) for path in (run / folder).glob(f"part-{rank:05d}-*")]
+    return max((int(stem.rsplit("-", 1)[1]) for stem in taken), default=-1) + 1
+
+
+def take_up(run: Path) -> Standing:
+    """Find out what is explained, and delete what does not count: unfinished shards and damaged ones.
+
+    Nobody may be writing meanwhile.
+    """
+    standing = Standing()
+    kept: set[str] = set()
+    for path in _manifests(run):
+        try:
+            manifest = json.loads(path.read_text(encoding="utf8"))
+        except ValueError as error:
+            wrong: str | None = f"{path} is damaged ({error})"
+        else:
+            wrong = _wrong(run, manifest)
+        if wrong is not None:
+            standing.damaged.append(wrong)
+            path.unlink()
+            continue
+        kept.add(path.stem)
+        standing.done.update(manifest["samples"])
+        standing.settings = manifest["settings"]
+        # The others failed for every method: they are tried again, and may fail again.
+        samples = set(manifest["samples"])
+        failed = [row for row in manifest["failures"] if row["sample_id"] in samples]
+        if len(failed) < len(manifest["failures"]):
+            write_json(path, manifest | {"failures": failed})
+    for folder in _FOLDERS:
+        for file in (run / folder).glob("part-*.parquet"):
+            if file.stem not in kept:
+                file.unlink()
+    for folder in ("manifest", *_FOLDERS):
+        for file in (run / folder).glob(".*.tmp"):
+            file.unlink()
+    return standing
+
+
+def check_settings(run: Path, standing: Standing, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than the shards that stand were made with: one table would mix two.
+
+    Raises:
+        InputError: Names the setting.
+    """
+    for key, before in standing.settings.items():
+        now = json.loads(json.dumps(settings[key]))
+        if now != before:
+            raise InputError(
+                f"{len(standing.done)} samples of {run} are explained with explain.{key}={before}, and now it is "
+                f"{now}. Go on with the same setting, or delete {run / 'manifest'} to explain all samples anew."
+            )
+
+
+def failures(run: Path) -> list[dict[str, Any]]:
+    """What could not be explained, once per sample and method."""
+    rows = [row for path in _manifests(run) for row in json.loads(path.read_text(encoding="utf8"))["failures"]]
+    return list({(row["sample_id"], row["method"]): row for row in rows}.values())
+
+
+def _manifests(run: Path) -> list[Path]:
+    return sorted((run / "manifest").glob("part-*.json"))
+
+
+def _wrong(run: Path, manifest: Mapping[str, Any]) -> str | None:
+    """What is wrong with the files of a shard, None if they are whole."""
+    for name, wanted in manifest["files"].items():
+        file = run / name
+        if not file.exists():
+            return f"{file} is gone"
+        size = file.stat().st_size
+        if size != wanted["size"]:
+            return f"{file} has {size:,} of {wanted['size']:,} bytes"
+        if Digest.of(file) != Digest(**wanted):
+            return f"{file} is damaged (its checksum is another)"
+    return None
