@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,11 +11,12 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from transformers import PreTrainedTokenizerBase
 
 from calig.datamodules.collate import TextCollator
 from calig.datamodules.examples import TextExample
+from calig.datamodules.samplers import EpochSampler, ExactSampler, ExactShare
 from calig.datamodules.settings import TextDataConfig
 from calig.datamodules.sources import Use, load_corpus
 from calig.datamodules.splits import SPLITS
@@ -55,44 +56,11 @@ class EncodedDataset(Dataset[Encoded]):
         return self.rows[index]
 
 
-class EpochSampler(RandomSampler):
-    """A shuffled order that depends on (seed, epoch) alone, so that a resumed run meets the same order.
-
-    Lightning calls ``set_epoch`` before every epoch; under DDP its own sampler takes this place and does the same.
-    """
-
-    def __init__(self, dataset: EncodedDataset, seed: int) -> None:
-        super().__init__(dataset)
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-        yield from torch.randperm(len(self.data_source), generator=generator).tolist()
-
-
-class ExactShare(DistributedSampler[int]):
-    """Every n-th row, none repeated to even out the shares; a share may be empty.
-
-    Lightning leaves a sampler of this family alone; its own one wants a row per process.
-    """
-
-    def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-
 class TextDataModule(LightningDataModule):
     """Text classification data: read, tokenised once in ``setup``, loaded in padded batches (see ``TextCollator``).
 
-    Every process of a distributed run builds the same data from (config, tokenizer, seed); Lightning's samplers share
-    the rows out.
+    Every process of a distributed run builds the same data from (config, tokenizer, seed); samplers share the rows out.
+    A checkpoint keeps the place in the training order (see ``state_dict``), so that a resumed run goes on behind it.
 
     Args:
         config: The ``data`` part of the configuration.
@@ -133,6 +101,7 @@ class TextDataModule(LightningDataModule):
         self._datasets: dict[str, EncodedDataset] = {}
         self._label_names: list[str] = []
         self._notes: list[str] = []
+        self._place: Mapping[str, int] = {"epoch": 0, "batches": 0}
 
     @property
     def label_names(self) -> list[str]:
@@ -210,17 +179,44 @@ class TextDataModule(LightningDataModule):
         return self._datasets[split]
 
     def train_dataloader(self) -> DataLoader[Encoded]:
-        """Shuffled anew every epoch, by (seed, epoch)."""
-        dataset = self.dataset("train")
-        return self._loader(dataset, self.config.batch_size, EpochSampler(dataset, self.seed))
+        """Shuffled anew every epoch, by (seed, epoch); the first pass of a resumed run starts where it stopped."""
+        dataset, (rank, processes) = self.dataset("train"), self._share
+        size, place = self.config.batch_size, self._place
+        start = place["batches"] * size
+        sampler = EpochSampler(dataset, self.seed, rank=rank, processes=processes, epoch=place["epoch"], start=start)
+        return self._loader(dataset, size, sampler)
 
     def val_dataloader(self) -> DataLoader[Encoded]:
-        """In row order."""
-        return self._loader(self.dataset("val"), self._eval_batch_size)
+        """In row order, every row once over all processes."""
+        return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Encoded]:
-        """In row order."""
-        return self._loader(self.dataset("test"), self._eval_batch_size)
+        """In row order, every row once over all processes."""
+        return self._eval_loader("test")
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training stands: the epoch, the batches of it that every process has done, and what they mean."""
+        assert self.trainer is not None  # it asks
+        loop = self.trainer.fit_loop
+        epochs: Any = loop.epoch_progress.current
+        within = epochs.processed < epochs.ready
+        batches = loop.epoch_loop.batch_progress.current.ready if within else 0
+        return {"epoch": epochs.processed, "batches": batches, **self._cut}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on behind the place that ``state_dict`` gave.
+
+        Raises:
+            InputError: It lies within an epoch, and the batches of this run are cut otherwise.
+        """
+        now = self._cut
+        other = [f"{key}={state_dict[key]} (now {now[key]})" for key in now if now[key] != state_dict[key]]
+        if other and state_dict["batches"]:
+            raise InputError(
+                f"the checkpoint lies within epoch {state_dict['epoch']}, after {state_dict['batches']} batches with "
+                f"{', '.join(other)}. Resume it with the same, or start anew with run.overwrite=true."
+            )
+        self._place = state_dict
 
     def explain_dataloader(
         self,
@@ -251,7 +247,9 @@ class TextDataModule(LightningDataModule):
         chosen = [index for index in chosen if dataset[index]["sample_id"] not in exclude]
         chosen.sort(key=lambda index: (-len(dataset[index]["input_ids"]), index))
         subset = Subset(dataset, chosen)
-        return self._loader(subset, batch_size or self._eval_batch_size, ExactShare(subset, world_size, rank))
+        return self._loader(
+            subset, batch_size or self._eval_batch_size, ExactShare(subset, rank=rank, processes=world_size)
+        )
 
     def truncation(self) -> dict[str, Truncation]:
         """How many texts of every split ``data.max_length`` cuts, and how much of them."""
@@ -309,8 +307,24 @@ class TextDataModule(LightningDataModule):
         shown = track(rows, title, total=len(examples), console=console, transient=True, disable=silent)
         return EncodedDataset(list(shown))
 
+    @property
+    def _share(self) -> tuple[int, int]:
+        """The rank of this process and how many there are; a Trainer knows."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    @property
+    def _cut(self) -> dict[str, int]:
+        """What decides which rows a training batch has."""
+        rows = len(self.dataset("train"))
+        return {"data.batch_size": self.config.batch_size, "processes": self._share[1], "training rows": rows}
+
+    def _eval_loader(self, split: str) -> DataLoader[Encoded]:
+        dataset, (rank, processes) = self.dataset(split), self._share
+        sampler = ExactSampler(dataset, rank=rank, processes=processes) if processes > 1 else None
+        return self._loader(dataset, self._eval_batch_size, sampler)
+
     def _loader(
-        self, dataset: Dataset[Encoded], batch_size: int, sampler: Sampler[int] | None = None
+        self, dataset: Dataset[Encoded], batch_size: int, sampler: DistributedSampler[int] | None = None
     ) -> DataLoader[Encoded]:
         return DataLoader(
             dataset,

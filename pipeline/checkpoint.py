@@ -1,10 +1,10 @@
-"""Weights out of a Lightning checkpoint, whatever it was saved from."""
+"""Lightning checkpoints: weights out of one, whatever it was saved from, and the one that a training goes on from."""
 
 from __future__ import annotations
 
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from calig.pipeline.errors import InputError
 
 ADAPTER_KEY = "calig_adapters"
 """Where a checkpoint keeps the settings of its LoRA adapters."""
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+"""The newest checkpoint of a training, and the one before."""
 
 
 def load_checkpoint(model: nn.Module, path: str) -> None:
@@ -55,21 +57,38 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
         load(model)
 
 
-def check_whole(path: Path) -> None:
-    """Read a checkpoint through before a training goes on from it: torch stores a checksum with every tensor.
+def find_resumable(folder: Path, warn: Callable[[str], None]) -> tuple[Path, int] | None:
+    """The newest checkpoint of a training that is whole.
+
+    Args:
+        folder: Where the checkpoints are.
+        warn: Told of one that is damaged and passed over.
+
+    Returns:
+        The file and its optimiser steps; None if there is no checkpoint.
 
     Raises:
-        InputError: It is cut off or damaged; names the way out.
+        InputError: There are checkpoints, and none can be read.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-    except (zipfile.BadZipFile, OSError) as error:
-        damaged = first_line(error)
-    if damaged is not None:
-        others = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
-        instead = f"put another in its place ({', '.join(others)}), or " if others else ""
-        raise InputError(f"{path} is damaged ({damaged}): {instead}delete it to train from the start.")
+    found = [path for name in (LAST, PREVIOUS) if (path := folder / name).is_file()]
+    for path in found:
+        try:
+            with zipfile.ZipFile(path) as file:  # torch stores checksums and does not look at them
+                if (damaged := file.testzip()) is not None:
+                    raise ValueError(f"{damaged} in it is not what was written")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            missing = {"state_dict", "optimizer_states", "loops"} - content.keys()
+            if missing:
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+            return path, int(content["global_step"])
+        except Exception as error:
+            warn(f"{path} is damaged and passed over: {first_line(error)}")
+    if found:
+        raise InputError(
+            f"no checkpoint in {folder} can be read. Delete {' and '.join(path.name for path in found)} there to train "
+            "from the start, or start the run anew with run.overwrite=true."
+        )
+    return None
 
 
 def family_of(model: nn.Module) -> str:

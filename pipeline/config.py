@@ -210,6 +210,14 @@ class ProbeConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """What a training that is broken off can lose; the end of every epoch is kept in any case."""
+
+    every_n_minutes: float | None = _key(15.0, "minutes between two checkpoints within an epoch (null: none)", above=0)
+    every_n_steps: int | None = _key(None, "optimiser steps between two checkpoints within an epoch", low=1)
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases."""
 
@@ -238,6 +246,7 @@ class Config:
     explain: ExplainConfig = field(default_factory=ExplainConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # Lightning's own default is 1000 epochs; 3 and clipping at 1 are what fine-tuning a BERT usually takes.
     trainer: dict[str, Any] = _key(
         {"max_epochs": 3, "gradient_clip_val": 1.0}, "trainer.<argument of lightning.Trainer>"

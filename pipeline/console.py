@@ -25,6 +25,7 @@ _NOISE = (
     ".*across ranks is zero.*",
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*Checkpoint directory .* exists and is not empty.*",
+    ".*your dataloader is not resumable.*",  # the data module is
 )
 
 

@@ -29,11 +29,13 @@ class RunDirectory:
         path: Where they are.
         fresh: Whether this session made the directory and nothing was done in it yet.
         replaced: Where the run that this one replaces waits until this one has got to work.
+        others: Whether another process makes the directory anew; what is there may still be what it replaces.
     """
 
     path: Path
     fresh: bool = False
     replaced: Path | None = None
+    others: bool = False
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -51,6 +53,8 @@ class RunDirectory:
     @property
     def finished(self) -> list[str]:
         """The stages that have run to their end."""
+        if self.others:
+            return []
         file = self.path / ".stages.json"
         return json.loads(file.read_text(encoding="utf8"))["finished"] if file.exists() else []
 
@@ -108,7 +112,7 @@ def open_directory(config: Config) -> RunDirectory:
     assert config.run.dir is not None  # composed
     path = Path(config.run.dir)
     if not is_main_process():
-        return RunDirectory(path)
+        return RunDirectory(path, others=True)
     try:
         replaced = _set_aside(config, path)
         path.mkdir(parents=True, exist_ok=True)

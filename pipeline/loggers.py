@@ -39,7 +39,7 @@ def make_loggers(config: Config, folder: Path, console: Console, *, main: bool) 
         (folder / METRICS).replace(folder / _EARLIER)
     loggers: list[Logger] = [_guarded(CSVLogger, METRICS, console)(folder, name="", version="")]
     if config.logger.wandb.mode != "disabled":
-        wandb_logger = _wandb_logger(config, folder, console)
+        wandb_logger = _wandb_logger(config, folder, console, main=main)
         if wandb_logger is not None:
             loggers.append(wandb_logger)
     return loggers
@@ -63,14 +63,26 @@ def join_metrics(folder: Path) -> None:
     earlier, now = folder / _EARLIER, folder / METRICS
     if not earlier.exists():
         return
-    rows = logged_rows(folder)
+    _write(now, logged_rows(folder))
+    earlier.unlink()
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
     columns = sorted({key for row in rows for key in row})
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="")
     writer.writeheader()
     writer.writerows(rows)
-    atomic_write(now, text.getvalue())
-    earlier.unlink()
+    atomic_write(path, text.getvalue())
+
+
+def drop_rows(folder: Path, step: int) -> None:
+    """Drop what was logged from optimiser step `step` (from 0) on: a resumed training comes to it again."""
+    rows = logged_rows(folder)
+    kept = [row for row in rows if int(row["step"]) < step]
+    if len(kept) < len(rows):
+        _write(folder / METRICS, kept)
+        (folder / _EARLIER).unlink(missing_ok=True)
 
 
 def logged_rows(folder: Path) -> list[dict[str, str]]:
@@ -107,11 +119,12 @@ def _guarded(cls: type[Any], what: str, console: Console) -> type[Any]:
     return type(cls.__name__, (cls,), {name: guard(name) for name in names})
 
 
-def _wandb_logger(config: Config, folder: Path, console: Console) -> Logger | None:
+def _wandb_logger(config: Config, folder: Path, console: Console, *, main: bool) -> Logger | None:
     from lightning.pytorch.loggers import WandbLogger
 
     settings = config.logger.wandb
     target = folder / "wandb"
+    identity = target / "run-id"
     # Offline media and artifacts go where WANDB_DATA_DIR says; the default is outside the run directory.
     os.environ["WANDB_DATA_DIR"] = str(target.resolve())
     try:
@@ -125,6 +138,8 @@ def _wandb_logger(config: Config, folder: Path, console: Console) -> Logger | No
             save_dir=folder,
             offline=settings.mode == "offline",
             tags=settings.tags or None,
+            # A run that is continued stays one run; offline, its parts are files of their own under one id.
+            id=identity.read_text(encoding="utf8").strip() if identity.exists() else None,
             config=dataclasses.asdict(config),
             settings=wandb.Settings(silent=True),
         )
@@ -134,8 +149,10 @@ def _wandb_logger(config: Config, folder: Path, console: Console) -> Logger | No
         with contextlib.redirect_stderr(heard):
             _ = logger.experiment
         for line in heard.getvalue().splitlines():
-            if line.strip() and "anonymous setting" not in line:
+            if line.strip() and "anonymous setting" not in line and "resume will be ignored" not in line:
                 console.say(line)
+        if main:
+            atomic_write(identity, str(logger.experiment.id))
         return logger
     except Exception as error:
         console.warn(

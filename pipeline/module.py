@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import get_scheduler
 
@@ -137,6 +137,8 @@ class ClassificationModule(LightningModule):
         )
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
+        # Lightning's own mean over processes divides the number of rows by that of processes, and rounds. A NaN stays.
+        self.val_loss, self.test_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Run the model on a batch; `labels`, where present, make it return a loss."""
@@ -168,20 +170,21 @@ class ClassificationModule(LightningModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Loss, accuracy and F1."""
-        self._evaluate(batch, "val", self.val_metrics)
+        self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Loss, accuracy and F1."""
-        self._evaluate(batch, "test", self.test_metrics)
+        self._evaluate(batch, "test", self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Nothing: the explain stage is a predict stage whose work ExplanationWriter does."""
 
-    def _evaluate(self, batch: Mapping[str, Any], split: str, metrics: MetricCollection) -> None:
+    def _evaluate(self, batch: Mapping[str, Any], split: str, metrics: MetricCollection, mean: MeanMetric) -> None:
         output = self(batch)
         metrics.update(output.logits.float(), batch["labels"])
         size = len(batch["labels"])
-        self.log(f"{split}/loss", output.loss, sync_dist=True, batch_size=size)
+        mean.update(output.loss.expand(size))  # once per row: with "disable", torchmetrics ignores weights
+        self.log(f"{split}/loss", mean, batch_size=size)
         self.log_dict(metrics, prog_bar=split == "val", batch_size=size)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

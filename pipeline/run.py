@@ -15,6 +15,7 @@ from calig.pipeline.console import Console
 from calig.pipeline.directory import RunDirectory, is_main_process, open_directory
 from calig.pipeline.errors import InputError
 from calig.pipeline.loggers import finish_loggers, make_loggers
+from calig.pipeline.signals import REQUEUE, Stopped, StopSignals, requeue
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -34,12 +35,14 @@ class RunContext:
         directory: Where everything is written.
         console: What the user sees; also kept in `log.txt`.
         callbacks: What the Trainer gets when it is made.
+        signals: Who is asked to end the run.
     """
 
     config: Config
     directory: RunDirectory
     console: Console
     callbacks: list[Any] = field(default_factory=list)
+    signals: StopSignals = field(default_factory=StopSignals)
 
     @cached_property
     def data(self) -> TextDataModule:
@@ -125,6 +128,9 @@ class RunContext:
     def trainer(self) -> Trainer:
         """The one Trainer of the run."""
         from lightning.pytorch import Trainer
+        from lightning.pytorch.plugins import TorchCheckpointIO
+
+        from calig.callbacks.exact_resume import AtomicCheckpointIO
 
         arguments: dict[str, Any] = {
             # A short epoch is logged too.
@@ -136,7 +142,13 @@ class RunContext:
             "enable_checkpointing": any(type(item).__name__ == "ModelCheckpoint" for item in self.callbacks),
             **self.config.trainer,
         }
-        return Trainer(**arguments, logger=self.loggers, callbacks=self.callbacks, default_root_dir=self.directory.path)
+        trainer = Trainer(
+            **arguments, logger=self.loggers, callbacks=self.callbacks, default_root_dir=self.directory.path
+        )
+        # A strategy that writes in a way of its own keeps it.
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
     @cached_property
     def explainer(self) -> Explainer:
@@ -247,6 +259,7 @@ def run(config: Config) -> int:
     Raises:
         InputError: The run directory exists, or the input is wrong. Nothing is left of a run that failed before any
             work, and what it was to replace is back.
+        Stopped: A signal asked for the end; what is done is kept, and a SLURM job is back in its queue.
     """
     from calig.pipeline.devices import require_devices
     from calig.pipeline.stages import stage_function
@@ -255,7 +268,7 @@ def run(config: Config) -> int:
     directory = open_directory(config)
     main = is_main_process()
     try:
-        with Console(directory / "log.txt", main=main) as console:
+        with Console(directory / "log.txt", main=main) as console, StopSignals() as signals:
             stages = config.stages
             if not asked_options(config.explain.options):
                 stages = [stage for stage in stages if stage != "calibrate"]
@@ -263,19 +276,24 @@ def run(config: Config) -> int:
             if not todo:
                 console.say(f"{directory.path} is finished; its results are in {_results(directory)}")
                 return 3 if directory.failures else 0
-            context = RunContext(config, directory, console)
+            context = RunContext(config, directory, console, signals=signals)
             console.say(f"run      {config.run.name} → {directory.path}")
-            context.prepare(todo)
-            directory.keep()
             try:
-                for stage in todo:
-                    console.stage(stage)
-                    stage_function(stage)(context)
-                    if main:
-                        directory.mark_finished(stage)
-            finally:
-                if "loggers" in vars(context):
-                    finish_loggers(context.loggers, directory.path, console, main=main)
+                context.prepare(todo)
+                directory.keep()
+                try:
+                    for stage in todo:
+                        console.stage(stage)
+                        stage_function(stage)(context)
+                        if main:
+                            directory.mark_finished(stage)
+                finally:
+                    if "loggers" in vars(context):
+                        finish_loggers(context.loggers, directory.path, console, main=main)
+            except Stopped as stop:
+                # Last of all: a job that is put back into the queue is ended by that.
+                _say_stopped(stop, directory, console)
+                raise
             if main:
                 console.results(directory.path, len(directory.failures))
             return 3 if directory.failures else 0
@@ -283,6 +301,14 @@ def run(config: Config) -> int:
         if main:
             directory.give_up()
         raise
+
+
+def _say_stopped(stop: Stopped, directory: RunDirectory, console: Console) -> None:
+    """Say that a signal has ended the run, and how it goes on; SLURM is asked by one process alone."""
+    again = "start it again" if directory.fresh else f"go on with run.resume={directory.path}"
+    console.say(f"\nended by {stop}; {again}")
+    if stop.asked == REQUEUE and console.main and (done := requeue()) is not None:
+        console.say(done)
 
 
 def _results(directory: RunDirectory) -> Path:

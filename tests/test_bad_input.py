@@ -58,7 +58,7 @@ CASES = {
     "a model name that is neither folder nor reachable": ({"arguments": ["model.name=no/where"]}, ["no/where"]),
     "a method": ({"arguments": ["explain.methods=[ca_lige]"]}, ["ca_lige", "ca_lig"]),
     "a fusion": ({"arguments": ["explain.options.ca_lig.fusion=sum"]}, ["fusion", "sum", "column"]),
-    "a baseline": ({"arguments": ["explain.options.ca_lig.baseline=black"]}, ["baseline", "black", "pad"]),
+    "a baseline": ({"arguments": ["explain.options.ca_lig.baseline=grey"]}, ["baseline", "grey", "pad"]),
     "lam=auto with gated": ({"arguments": ["explain.options.ca_lig={lam: auto, fusion: gated}"]}, ["lam", "auto"]),
     "steps": ({"arguments": ["explain.steps=1"]}, ["explain.steps", "1"]),
     "a device that is not there": ({"arguments": ["trainer.accelerator=tpu"]}, ["trainer.accelerator=tpu"]),

@@ -130,7 +130,7 @@ def test_failed_texts_end_with_3(tmp_path, capsys):
         (["{run}", "--text", "a", "--option", "lamda=1"], ["lamda", "lam"]),
         (["{run}", "--text", "a", "--option", "lam"], ["key=value", "lam"]),
         (["{run}", "--text", "a", "--option", "steps=3", "--steps", "4"], ["steps", "twice"]),
-        (["{run}", "--text", "a", "--option", "baseline=black"], ["baseline", "black", "pad"]),
+        (["{run}", "--text", "a", "--option", "baseline=grey"], ["baseline", "grey", "pad"]),
         (["{run}", "--text", "a", "--option", "fusion=columns"], ["fusion", "columns", "column"]),
         (["{run}", "--text", "a", "--option", "lam=high"], ["lam", "number", "high"]),
         (["{run}", "--text", "a", "--steps", "1"], ["steps", "2"]),

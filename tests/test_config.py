@@ -28,6 +28,7 @@ KEYS = {
     "target operator metrics limits perturbation_target strict options",
     "calibrate.": "split num_samples objective operator grid",
     "probe.": "enabled method num_samples every_n_epochs steps",
+    "checkpoint.": "every_n_minutes every_n_steps",
     "logger.wandb.": "mode project entity tags",
 }
 

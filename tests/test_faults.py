@@ -174,23 +174,6 @@ def test_metrics_csv_that_cannot_be_written_never_ends_a_run(tmp_path, monkeypat
     assert shown.count("metrics.csv failed and is left out from here") == 1 and "No space left" in shown
 
 
-@pytest.mark.parametrize("damage", ["cut off", "one byte"])
-def test_a_damaged_checkpoint_is_named_with_the_way_out(damage, tmp_path, capsys):
-    folder = tmp_path / "run"
-    settings = [*SETTINGS, "stages=[fit]", "probe.enabled=false"]
-    assert main(["run", f"run.dir={folder}", *settings]) == 0
-    (folder / ".stages.json").unlink()
-    last = folder / "checkpoints" / "last.ckpt"
-    content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 1
-    last.write_bytes(content if damage == "one byte" else content[: len(content) // 2])
-    assert main(["run", f"run.resume={folder}"]) == 2
-    error = capsys.readouterr().err
-    assert "last.ckpt is damaged" in error and "best-epoch=" in error and "delete it" in error
-    last.unlink()
-    assert main(["run", f"run.resume={folder}"]) == 0
-
-
 def test_strict_ends_the_stage(monkeypatch):
     monkeypatch.setattr(ExplainableModel, "logits", lambda self, inputs: torch.full((len(inputs), 3), torch.nan))
     with pytest.raises(SampleFailure, match="explain.strict"):

@@ -20,6 +20,7 @@ FLOORS = [
     ({"calig.pipeline.manifest"}, 1),
     ({"calig.callbacks", "calig.datamodules", "calig.pipeline.module", "calig.pipeline.models"}, 2),
     ({"calig.pipeline.adapters", "calig.pipeline.checkpoint", "calig.pipeline.devices"}, 2),
+    ({"calig.pipeline.signals"}, 2),
     ({"calig.pipeline.console", "calig.pipeline.directory", "calig.pipeline.loggers"}, 3),
     ({"calig.pipeline.run", "calig.pipeline.stages"}, 3),
     ({"calig.pipeline.opening", "calig.pipeline.explaining", "calig.pipeline.compare"}, 3),

@@ -69,9 +69,10 @@ def run_stage(context: RunContext) -> None:
     directory.set_failures(failures)
     if failures and not shards(directory / "explanations"):
         reasons = Counter(row["reason"] for row in failures)
+        ids = sorted({row["sample_id"] for row in failures})
         raise RuntimeError(
-            f"none of {len({row['sample_id'] for row in failures})} samples of the {config.split} split could be "
-            f"explained: {reasons.most_common(1)[0][0]}"
+            f"none of {len(ids)} samples of the {config.split} split could be explained (sample_id "
+            f"{', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''}): {reasons.most_common(1)[0][0]}"
         )
     summaries = summarise(read_numbers(directory / "metrics"), seed=context.config.seed)
     worst: dict[str, float] = {}

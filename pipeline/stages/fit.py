@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calig.pipeline.config import asked_options, without_asked
-from calig.pipeline.loggers import logged_rows
+from calig.pipeline.loggers import drop_rows, logged_rows
 from calig.pipeline.run import RunContext
 
 _LOWER_IS_BETTER = {
@@ -29,11 +29,20 @@ _LOWER_IS_BETTER = {
 
 
 def run_stage(context: RunContext) -> None:
-    """Train, keep the best checkpoint, and save its weights as a Hugging Face folder."""
+    """Train, keep the best checkpoint, and save its weights as a Hugging Face folder.
+
+    A training that was broken off goes on from its newest checkpoint that is whole.
+
+    Raises:
+        InputError: There are checkpoints, and none can be read.
+        RuntimeError: The training diverged.
+        Stopped: A signal asked for the end; a checkpoint is written.
+    """
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
     from calig.callbacks import AttributionCallback
-    from calig.pipeline.checkpoint import check_whole
+    from calig.callbacks.exact_resume import ExactResume
+    from calig.pipeline.checkpoint import find_resumable
     from calig.pipeline.models import finish_training, load_checkpoint, prepare_training
 
     config, directory = context.config, context.directory
@@ -43,9 +52,15 @@ def run_stage(context: RunContext) -> None:
     monitor = config.model.monitor
     mode = "min" if lower_is_better(monitor) else "max"
     checkpoint = ModelCheckpoint(
-        directory / "checkpoints", "best-{epoch:02d}", monitor=monitor, mode=mode, save_last=True, verbose=False
+        directory / "checkpoints",
+        "best-{epoch:02d}",
+        monitor=monitor,
+        mode=mode,
+        save_weights_only=True,  # what a training goes on from is written by ExactResume
+        enable_version_counter=False,  # an epoch that is done again after a crash writes the same file again
     )
-    context.callbacks.append(checkpoint)
+    resume = ExactResume(directory / "checkpoints", context.signals, **vars(config.checkpoint))
+    context.callbacks += [checkpoint, resume]
     if config.model.early_stopping is not None:
         context.callbacks.append(EarlyStopping(monitor, patience=config.model.early_stopping, mode=mode))
     if config.probe.enabled:
@@ -64,17 +79,26 @@ def run_stage(context: RunContext) -> None:
                 strict=config.explain.strict,
             ),
         )
+    last, step = find_resumable(directory / "checkpoints", context.console.warn) or (None, 0)
+    if context.is_main:
+        # What the broken-off session logged behind the checkpoint is logged again.
+        drop_rows(directory.path, step)
     # A Trainer that an earlier stage made has none of these callbacks.
     vars(context).pop("trainer", None)
     trainer = context.trainer
-    last = directory / "checkpoints" / "last.ckpt"
-    if last.exists():
-        check_whole(last)
-    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
+    trainer.fit(module, data, ckpt_path=last)
+    resume.end_if_asked()
     if checkpoint.best_model_path:
-        load_checkpoint(module.model, checkpoint.best_model_path)
+        # By its name: the run directory may have been moved since.
+        kept = directory / "checkpoints" / Path(checkpoint.best_model_path).name
+        if kept.exists():
+            load_checkpoint(module.model, str(kept))
+        else:
+            context.console.warn(f"{kept} is not there (deleted, or no space to write it): the last weights are taken.")
     module.model = model = finish_training(module.model)
-    values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    # Where the last epoch was done before the run was continued, only the file knows its values.
+    values = last_values(logged_rows(directory.path))
+    values |= {key: float(value) for key, value in trainer.callback_metrics.items()}
     if diverged := [key for key, value in values.items() if not math.isfinite(value)]:
         raise RuntimeError(
             f"the training diverged: {', '.join(diverged)} is not finite, so nothing was saved as a model. Lower "
@@ -107,6 +131,11 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
+
+
+def last_values(rows: Iterable[Mapping[str, str]]) -> dict[str, float]:
+    """The last value of every scalar in the rows of metrics.csv."""
+    return {key: float(text) for row in rows for key, text in row.items() if text and key not in ("epoch", "step")}
 
 
 def best_values(rows: Iterable[Mapping[str, str]]) -> dict[str, float]:
