@@ -159,14 +159,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as stream:
-                torch.save(checkpoint, stream)
-                stream.flush()
+            # By its name: torch's writer ends the process if Ctrl+C closes a stream of Python's under it.
+            torch.save(checkpoint, temporary)
+            with temporary.open("rb+") as stream:
                 os.fsync(stream.fileno())
             temporary.replace(path)
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
             rank_zero_warn(f"{path} could not be written, and the training goes on without it: {error}")
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
