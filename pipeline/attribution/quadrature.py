@@ -6,6 +6,7 @@ between neighbouring nodes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -96,23 +97,41 @@ def integrate_secant(path: LayerPath, nodes: int) -> list[Integral]:
     evidence = torch.zeros(objectives, batch, layers, path.width, dtype=torch.float64)
     bound = torch.zeros(objectives, batch, layers, dtype=torch.float64)
     change = torch.zeros(objectives, batch, dtype=torch.float64)
+
+    def add(left: Nodes, right: Nodes) -> None:
+        parts, errors = measure(path, left, right, rows.repeat(left.states.shape[0] // batch))
+        evidence.add_(parts.unflatten(1, (-1, batch)).sum(dim=1))
+        bound.add_(errors.unflatten(1, (-1, batch)).sum(dim=1))
+
     last: Nodes | None = None
-    for part in positions.split(path.model.budget.rows(batch * path.width)):
+    for part in _passes(positions, path, path.model.budget.rows(batch * path.width)):
         found = path.evaluate(rows.repeat(len(part)), part.repeat_interleave(batch))
-        chain = found if last is None else Nodes.join([last, found])
-        count = chain.states.shape[0]
+        count = found.states.shape[0]
+        # Neighbours within the pass, and the last of the pass before with the first of this one; nothing is copied.
         if count > batch:
-            intervals = rows.repeat(count // batch - 1)
-            parts, errors = measure(path, chain.view(0, count - batch), chain.view(batch, count), intervals)
-            evidence += parts.unflatten(1, (-1, batch)).sum(dim=1)
-            bound += errors.unflatten(1, (-1, batch)).sum(dim=1)
-        change += chain.value[:, -batch:] - chain.value[:, :batch]
-        last = chain.select(torch.arange(count - batch, count))
-        del found, chain  # else they would stand beside the next pass
+            add(found.view(0, count - batch), found.view(batch, count))
+        if last is not None:
+            add(last, found.view(0, batch))
+        change += found.value[:, -batch:] - (found.value[:, :batch] if last is None else last.value)
+        last = found.select(torch.arange(count - batch, count))
+        del found  # else it would stand beside the next pass
     relative = bound / scale_of(change)[..., None]
     used = torch.full((batch,), nodes)
     where = rows.repeat_interleave(nodes), positions.repeat(batch)
     return [Integral(own, error, used, *where) for own, error in zip(evidence, relative, strict=True)]
+
+
+def _passes(positions: Tensor, path: LayerPath, most: int) -> Iterator[Tensor]:
+    """Neighbouring positions, so many of which at once that at most `most` have to be run."""
+    start = to_run = 0
+    for stop, position in enumerate(positions.tolist()):
+        if position in path.known:
+            continue
+        if to_run == most:
+            yield positions[start:stop]
+            start, to_run = stop, 0
+        to_run += 1
+    yield positions[start:]
 
 
 def measure(path: LayerPath, left: Nodes, right: Nodes, rows: Tensor) -> tuple[Tensor, Tensor]:
