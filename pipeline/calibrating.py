@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from calig.pipeline.attribution import ClassLogit, ExplainableModel
 from calig.pipeline.attribution.methods import create_method
 from calig.pipeline.attribution.methods.ca_lig import CALIG
-from calig.pipeline.attribution.model import forward_inputs
-from calig.pipeline.attribution.objective import logits_of, resolve_target
+from calig.pipeline.attribution.objective import resolve_target
 from calig.pipeline.attribution.rollout import Fusion, Ingredients
 from calig.pipeline.errors import InputError
-from calig.pipeline.loading import rationale_by_word
+from calig.pipeline.loading import batch_rationale
 from calig.pipeline.metrics import PerturbationTokens, Request, bootstrap_interval, perturbed_logits, plausibility_rows
 from calig.pipeline.metrics.faithfulness import BINS, comprehensiveness, sufficiency
 from calig.pipeline.metrics.ranking import count, rank
@@ -170,7 +169,8 @@ class _Chunk:
         target: (B,) explained classes.
         special: (B, T).
         mask: (B, T).
-        words: Per sample the word numbers (T) and the rationale by word; None where there is none.
+        words: (B, T) word numbers, below 0 outside words; None where the texts have none.
+        rationales: Per sample the rationale by word; None where there is none.
         known: Per sample: ranking -> value of the objective.
     """
 
@@ -180,7 +180,8 @@ class _Chunk:
     target: Tensor
     special: Tensor
     mask: Tensor
-    words: list[tuple[list[int | None], list[int]] | None]
+    words: list[list[int]] | None
+    rationales: list[list[int] | None]
     known: list[dict[tuple[int, ...], float]] = field(default_factory=list)
 
 
@@ -227,7 +228,8 @@ class Calibrator:
                 target.cpu(),
                 inputs.special.cpu(),
                 inputs.mask.cpu(),
-                [_words(batch, i) for i in range(len(ids))],
+                batch["word_ids"].tolist() if "word_ids" in batch else None,
+                [batch_rationale(batch, i) for i in range(len(ids))],
                 [{} for _ in ids],
             )
         )
@@ -353,9 +355,14 @@ class Calibrator:
         operator = self.settings.operator
         whole = [Request(b, torch.ones_like(evaluable[b]), operator) for b, _ in new]
         parts = [Request(b, keep, operator) for b, ranking in new for keep in _keeps(ranking, evaluable[b])]
-        with self.model.evaluation():
+        with self.model.session():
             logits = perturbed_logits(
-                self._forward, chunk.batch, [*whole, *parts], tokens=self.tokens, special=chunk.special, mask=chunk.mask
+                self.model.logits_of_batch,
+                chunk.batch,
+                [*whole, *parts],
+                tokens=self.tokens,
+                special=chunk.special,
+                mask=chunk.mask,
             ).double()
         target = torch.tensor([int(chunk.target[b]) for b, _ in new])
         full = logits[: len(new)].softmax(-1).gather(1, target[:, None]).squeeze(1)
@@ -374,15 +381,14 @@ class Calibrator:
         found = dict.fromkeys(chunk.ids, float("nan"))
         chosen = [
             b
-            for b, words in enumerate(chunk.words)
-            if words is not None and bool(scores[b][chunk.mask[b]].isfinite().all())
+            for b, rationale in enumerate(chunk.rationales)
+            if rationale and any(rationale) and bool(scores[b][chunk.mask[b]].isfinite().all())
         ]
-        if chosen:
-            told = [words for b in chosen if (words := chunk.words[b]) is not None]
+        if chosen and chunk.words is not None:
             rows = plausibility_rows(
                 {"ca_lig": scores[chosen]},
-                word_ids=[numbers for numbers, _ in told],
-                rationales=[rationale for _, rationale in told],
+                word_ids=[[word if word >= 0 else None for word in chunk.words[b]] for b in chosen],
+                rationales=[chunk.rationales[b] for b in chosen],
                 sample_ids=[chunk.ids[b] for b in chosen],
                 signed=(),
             )
@@ -391,10 +397,6 @@ class Calibrator:
                 if wanted and row["q"] is None and row["value"] is not None:
                     found[row["sample_id"]] = row["value"]
         return list(found.values())
-
-    def _forward(self, batch: dict[str, Tensor]) -> Tensor:
-        inputs = {key: value.to(self.model.device) for key, value in forward_inputs(self.model.module, batch).items()}
-        return logits_of(self.model.module(**inputs)).float()
 
 
 def _keeps(ranking: Sequence[int], evaluable: Tensor) -> list[Tensor]:
@@ -411,15 +413,3 @@ def _ordered(ranking: list[int]) -> tuple[int, ...]:
     """A ranking sorted between the bins: the objective sees which positions are the top k(q), not their order."""
     bounds = [0, *sorted({count(q, len(ranking)) for q in BINS}), len(ranking)]
     return tuple(place for a, b in itertools.pairwise(bounds) for place in sorted(ranking[a:b]))
-
-
-def _words(batch: Mapping[str, Any], i: int) -> tuple[list[int | None], list[int]] | None:
-    """Word numbers (T) of a sample, None on special tokens and padding, and its rationale by word, if it has one."""
-    if "rationale" not in batch or "word_ids" not in batch:
-        return None
-    numbers = [None if word < 0 else int(word) for word in batch["word_ids"][i].tolist()]
-    marks = [max(0, mark) for mark in batch["rationale"][i].tolist()]
-    missed = int(batch["rationale_missed"][i]) if "rationale_missed" in batch else 0
-    known = rationale_by_word({"word_ids": numbers, "rationale": marks})
-    # Words that truncation cut off count as missed, behind the last one.
-    return (numbers, [*known, *[1] * missed]) if known and (any(known) or missed) else None

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from calig.pipeline.attribution import Attribution, ExplainableModel, UnsupportedModelError, attribute
 from calig.pipeline.attribution.methods import create_method, method_class, method_options
-from calig.pipeline.attribution.model import forward_inputs
-from calig.pipeline.attribution.objective import logits_of, resolve_target
+from calig.pipeline.attribution.objective import resolve_target
 from calig.pipeline.errors import InputError
+from calig.pipeline.loading import batch_rationale
 from calig.pipeline.metrics import (
     MetricError,
     PerturbationTokens,
@@ -29,7 +29,8 @@ from calig.pipeline.metrics import (
     sensitivity_rows,
     special_share,
 )
-from calig.pipeline.metrics.names import DEFAULT_METRICS, FAITHFULNESS_METRICS, PerturbationTarget
+from calig.pipeline.metrics.faithfulness import SPACES
+from calig.pipeline.metrics.names import DEFAULT_METRICS, FAITHFULNESS_METRICS, OF_ONE_OUTPUT, PerturbationTarget
 from calig.pipeline.metrics.rows import make_row
 from calig.pipeline.metrics.sensitivity import take_rows
 
@@ -224,8 +225,8 @@ class Explainer:
         for name, result in results.items():
             good = (~bad[name]).nonzero().flatten().tolist()
             rows.explanations += [self._explanation(facts, result, i) for i in good]
-        with self.model.evaluation():
-            if comparable:
+        if comparable:
+            with self.model.session():  # in the precision that the explanations are made in
                 self._measure(rows, facts, results, bad, seconds)
         return rows
 
@@ -309,13 +310,19 @@ class Explainer:
         # The method `random` is the metrics' own control and is measured as such.
         scores = {name: result.scores[usable] for name, result in results.items() if name != "random"}
         ids = [facts.ids[i] for i in usable]
+        one_output = facts.logits.shape[1] == 1
+        spaces = ("logit",) if one_output else SPACES
         for (metrics, operators), group in self._groups(facts, usable).items():
+            if one_output:  # no class to be right about, and a softmax that is always 1
+                metrics = tuple(name for name in metrics if name in OF_ONE_OUTPUT)
+            if not metrics:
+                continue
             index = torch.tensor(group, device=facts.batch["input_ids"].device)
             keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in facts.batch]
             batch = {key: facts.batch[key][index] for key in keys}
             batch.setdefault("attention_mask", facts.mask[group].to(batch["input_ids"]))
             rows += faithfulness_rows(
-                self._forward,
+                self.model.logits_of_batch,
                 batch,
                 {name: result.scores[group] for name, result in results.items() if name != "random"},
                 target=first.target[group],
@@ -325,11 +332,12 @@ class Explainer:
                 tokens=self.tokens,
                 operators=operators,
                 metrics=metrics,
+                spaces=spaces,
                 labels=facts.batch["labels"][index].cpu() if "labels" in facts.batch else None,
                 perturbation_target=self.settings.perturbation_target,
                 seed=self.settings.seed,
             )
-        rationales = [facts.word_rationale(i) for i in usable]
+        rationales = [batch_rationale(facts.batch, i) for i in usable]
         if self.settings.plausibility and any(rationale is not None for rationale in rationales):
             rows += plausibility_rows(
                 scores,
@@ -389,10 +397,6 @@ class Explainer:
             failed = {broken.sample_id for broken in errors}
             rows.metrics += [dict(row) for row in found if row["sample_id"] not in failed]
 
-    def _forward(self, batch: dict[str, Tensor]) -> Tensor:
-        inputs = {key: value.to(self.model.device) for key, value in forward_inputs(self.model.module, batch).items()}
-        return logits_of(self.model.module(**inputs)).float()
-
 
 def scalar_key(prefix: str, method: str, control: str, metric: str) -> str:
     """Spell a scalar's key: `<prefix>/<method>/<metric>`, controls as `<prefix>/random/...` and `.../reversed/...`."""
@@ -422,7 +426,9 @@ class _Facts:
     ids: list[int]
 
     def label(self, i: int) -> int | None:
-        return int(self.batch["labels"][i]) if "labels" in self.batch else None
+        labels = self.batch.get("labels")
+        # A regression's label is no class.
+        return None if labels is None or labels.is_floating_point() else int(labels[i])
 
     def word_ids(self, i: int, special: Tensor, *, padded: bool = False) -> list[int | None]:
         """Word numbers of the real tokens (of all positions if `padded`), None on special tokens."""
@@ -440,16 +446,3 @@ class _Facts:
             return None
         marks = self.batch["rationale"][i].cpu()[self.mask[i]].tolist()
         return [max(0, mark) for mark in marks] if any(mark >= 0 for mark in marks) else None
-
-    def word_rationale(self, i: int) -> list[int] | None:
-        """1 per rationale word; words that truncation cut off stand behind the last one, where nothing scores."""
-        if "rationale" not in self.batch or "word_ids" not in self.batch:
-            return None
-        words = self.batch["word_ids"][i].tolist()
-        pairs = zip(words, self.batch["rationale"][i].tolist(), strict=True)
-        marks = {int(word): int(mark) for word, mark in pairs if word >= 0 and mark >= 0}
-        missed = int(self.batch["rationale_missed"][i]) if "rationale_missed" in self.batch else 0
-        if not marks and not missed:
-            return None
-        # Words of a second text have no marks; they count as outside the rationale.
-        return [marks.get(word, 0) for word in range(int(max(words)) + 1)] + [1] * missed

@@ -51,3 +51,26 @@ def rationale_by_word(row: Mapping[str, Any]) -> list[int] | None:
         return None
     words = {word: mark for word, mark in zip(row["word_ids"], row["rationale"], strict=True) if word is not None}
     return [words.get(word, 0) for word in range(max(words, default=-1) + 1)]
+
+
+def batch_rationale(batch: Mapping[str, Any], i: int) -> list[int] | None:
+    """The rationale of sample i of a batch, one entry per word number; None where nothing is known of one.
+
+    Args:
+        batch: (B, T) `rationale` (1, 0, or -1 where nobody marked) and `word_ids` (-1 on special tokens and
+            padding), and perhaps (B,) `rationale_missed`, the rationale words that truncation cut off.
+        i: Which sample.
+
+    Returns:
+        1 per rationale word. Words of a second text count as outside; those cut off stand behind the last word, where
+        nothing scores.
+    """
+    if "rationale" not in batch or "word_ids" not in batch:
+        return None
+    marks = batch["rationale"][i].tolist()
+    missed = int(batch["rationale_missed"][i]) if "rationale_missed" in batch else 0
+    if max(marks) < 0 and not missed:
+        return None
+    words = [None if word < 0 else int(word) for word in batch["word_ids"][i].tolist()]
+    known = rationale_by_word({"word_ids": words, "rationale": [max(0, mark) for mark in marks]})
+    return [*(known or []), *[1] * missed]

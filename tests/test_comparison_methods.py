@@ -359,3 +359,46 @@ def test_without_captum_the_message_says_what_to_install(monkeypatch, alone):
 def test_bad_options(method, options, message):
     with pytest.raises(InputError, match=message):
         attribute(make_bert(), make_batch(), method, **options)
+
+
+def test_attn_lrp_knows_both_ways_to_write_a_gate():
+    """Llama and Phi-3 with the same weights are the same function, and so have the same relevance."""
+    from transformers import Phi3Config, Phi3ForSequenceClassification
+
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 60, "num_key_value_heads": 4, "pad_token_id": 0, "num_labels": 3, "rms_norm_eps": 1e-6}
+    torch.manual_seed(0)
+    llama = LlamaForSequenceClassification(LlamaConfig(**sizes, initializer_range=0.3)).eval()
+    phi = Phi3ForSequenceClassification(Phi3Config(**sizes)).eval()
+    weights = {}
+    for name, value in llama.state_dict().items():
+        weights[name] = value
+    for block in range(2):
+        at = f"model.layers.{block}."
+        parts = [weights.pop(f"{at}self_attn.{one}_proj.weight") for one in "qkv"]
+        weights[f"{at}self_attn.qkv_proj.weight"] = torch.cat(parts)
+        parts = [weights.pop(f"{at}mlp.{one}_proj.weight") for one in ("gate", "up")]
+        weights[f"{at}mlp.gate_up_proj.weight"] = torch.cat(parts)
+    phi.load_state_dict(weights)
+    batch = make_batch((8, 6))
+    one, other = (attribute(model, batch, "attn_lrp", target=TARGET) for model in (llama, phi))
+    assert close(one.output_change, other.output_change, atol=1e-4) and close(one.scores, other.scores, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["raw_attention", "attention_gradcam", "attention_shapley", "beyond_intuition"])
+def test_several_targets_share_the_pass_with_attention_maps(method):
+    model, batch = make_bert(), make_batch((8, 6))
+    counts = []
+    for target in ([0, 1], [[0, 1, 2], [1, 2, 0]]):
+        passes = 0
+
+        def count(*_):
+            nonlocal passes
+            passes += 1
+
+        hook = model.bert.encoder.layer[2].register_forward_hook(count)
+        attribute(model, batch, method, target=target)
+        hook.remove()
+        counts.append(passes)
+    # The integrated gradient of the last map is each target's own.
+    assert counts[1] == counts[0] if method != "beyond_intuition" else counts[1] < 3 * counts[0]

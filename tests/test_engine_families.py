@@ -264,6 +264,16 @@ def test_off_the_attention_interface(family):
             attribute(model, batch, method, target=TARGET)
 
 
+def test_as_many_rows_as_tokens_do_not_say_which_come_first():
+    model = build(next(family for family in OFF if family.name == "xlnet"))
+    batch = make_batch((6,) * 6)
+    whole = attribute(model, batch, "integrated_gradients", target=TARGET, steps=8).scores
+    part = {key: value[:5] for key, value in batch.items()}
+    assert torch.allclose(
+        attribute(model, part, "integrated_gradients", target=TARGET, steps=8).scores, whole[:5], atol=1e-5
+    )
+
+
 def test_a_model_that_pads_inside_says_how_to_pad_outside():
     longformer = next(family for family in OFF if family.name == "longformer")
     with pytest.raises(

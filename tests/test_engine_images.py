@@ -50,9 +50,9 @@ def test_blur_equals_scipy():
     filters = pytest.importorskip("scipy.ndimage")
     pixels = images(2, size=40)["pixel_values"]
     wanted = filters.gaussian_filter(pixels.numpy(), sigma=(0, 0, 2, 2), mode="nearest", truncate=3)
-    assert torch.allclose(blur(pixels), torch.from_numpy(wanted), atol=1e-10)
+    assert torch.allclose(blur(pixels, 2), torch.from_numpy(wanted), atol=1e-10)
     constant = torch.full((1, 3, 12, 20), 0.7)
-    assert torch.allclose(blur(constant), constant)
+    assert torch.allclose(blur(constant, 1), constant)
 
 
 @pytest.mark.parametrize("baseline", ["mean", "black", "blur", "zero"])

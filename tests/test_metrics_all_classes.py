@@ -43,8 +43,8 @@ def inputs():
         "InsertionAUC": (rand(11),),
         "PositiveAUC": (correct,),
         "NegativeAUC": (correct,),
-        "Infidelity": (rand(64), rand(64)),
-        "SensitivityMax": (rand(10).abs(),),
+        "Infidelity": (list(rand(64, V) > 0), list(rand(V)), list(rand(64))),
+        "SensitivityMax": (rand(T), rand(10, T), mask),
         "CompletenessGap": (rand(4).abs(),),
         "CompletenessGapMax": (rand(4).abs(),),
         "Randomisation": correlated,
@@ -62,7 +62,7 @@ def inputs():
 
 
 NAMES = list(inputs())
-NO_DIRECTION = {"Drift", "SpecialShare", "LayerProfile"}
+NO_DIRECTION = {"Drift", "Randomisation", "SpecialShare", "LayerProfile"}
 
 
 def make(name):
@@ -121,10 +121,12 @@ def test_values_by_hand():
         assert value[name].item() == pytest.approx(torch.trapezoid(given[name][0], dx=0.1).mean().item(), abs=1e-6)
     accuracy = given["PositiveAUC"][0].double().mean(0)  # the area under the mean is the mean of the areas
     assert value["PositiveAUC"].item() == pytest.approx(100 * torch.trapezoid(accuracy, dx=0.1).item(), abs=1e-4)
-    attributed, drops = (one.double().numpy() for one in given["Infidelity"])
     import numpy as np
 
-    errors = [np.linalg.lstsq(a[:, None], d, rcond=None)[1][0] / 64 for a, d in zip(attributed, drops)]
+    errors = []
+    for removed, scores, drops in zip(*given["Infidelity"]):
+        attributed = (removed.double() @ scores.double())[:, None].numpy()
+        errors.append(np.linalg.lstsq(attributed, drops.double().numpy(), rcond=None)[1][0] / 64)
     assert value["Infidelity"].item() == pytest.approx(np.mean(errors), abs=1e-6)
     gaps = given["CompletenessGap"][0].amax(1)
     assert value["CompletenessGap"].item() == pytest.approx(gaps.mean().item(), abs=1e-6)
@@ -162,11 +164,12 @@ def test_token_f1_with_other_lengths():
 def test_nan_names_the_sample(name):
     for bad in (float("nan"), float("inf")):
         given = list(inputs()[name])
-        if isinstance(given[0], list):
-            given[0][1] = given[0][1].clone().fill_(bad)
+        of_floats = 1 if name == "Infidelity" else 0  # what its draws remove is a mask
+        if isinstance(given[of_floats], list):
+            given[of_floats][1] = given[of_floats][1].clone().fill_(bad)
         else:
-            given[0] = given[0].double().clone()
-            given[0][1] = bad
+            given[of_floats] = given[of_floats].double().clone()
+            given[of_floats][1] = bad
         with pytest.raises(MetricError, match=f"sample {IDS[1]}"):
             add(make(name), given, [0, 1, 2])
 

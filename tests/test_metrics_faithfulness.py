@@ -171,7 +171,8 @@ def test_the_oracle_is_the_best_of_all_rankings():
     every = {}
     for order in permutations(range(1, 6)):
         every[str(order)] = [torch.zeros(7).scatter_(0, torch.tensor(order), -torch.arange(5.0))]
-    out = measure(forward, rows, {"oracle": [oracle], **every}, [1], bins=bins, spaces=["logit"])
+    rankings = {"oracle": [oracle], **every}
+    out = measure(forward, rows, rankings, [1], bins=bins, spaces=["logit"], metrics=["comprehensiveness"])
     means = {
         r["method"]: r["value"] for r in out if r["q"] is None and r["control"] == "none" and r["metric"][0] == "c"
     }

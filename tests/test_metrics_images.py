@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from calig.pipeline.attribution.pixels import blur
 from calig.pipeline.errors import InputError
 from calig.pipeline.metrics import perturb_image
-from calig.pipeline.metrics.image_operators import blurred
 
 
 def images(b=2, c=3, h=6, w=8):
@@ -40,24 +40,24 @@ def test_blur_puts_the_patch_of_the_blurred_image():
     weights = {d: math.exp(-d * d / (2 * sigma * sigma)) for d in range(-reach, reach + 1)}
     total = sum(weights.values())
 
-    def mirrored(i, size):
-        return -i if i < 0 else 2 * (size - 1) - i if i >= size else i
+    def inside(i, size):
+        return min(max(i, 0), size - 1)
 
     def naive(channel, y, x):
         return sum(
-            wy * wx * pixels[0, channel, mirrored(y + dy, 6), mirrored(x + dx, 8)].item()
+            wy * wx * pixels[0, channel, inside(y + dy, 6), inside(x + dx, 8)].item()
             for dy, wy in weights.items()
             for dx, wx in weights.items()
         ) / (total * total)
 
-    whole = blurred(pixels, sigma)
+    whole = blur(pixels, sigma)
     for channel, y, x in [(0, 2, 2), (1, 3, 3), (0, 2, 3), (1, 0, 0), (0, 5, 7), (1, 0, 4)]:
         assert whole[0, channel, y, x].item() == pytest.approx(naive(channel, y, x), abs=1e-5)
     assert torch.equal(out[..., 2:4, 2:4], whole[..., 2:4, 2:4])
     # by default half a patch wide; a constant image stays, also where the kernel is larger than the image
     default = perturb_image(pixels, [0], keep, "blur", grid=(3, 4))
-    assert torch.equal(default[..., 2:4, 2:4], blurred(pixels, 1.0)[..., 2:4, 2:4])
-    torch.testing.assert_close(blurred(torch.full((1, 1, 1, 3), 2.0), 9.0), torch.full((1, 1, 1, 3), 2.0))
+    assert torch.equal(default[..., 2:4, 2:4], blur(pixels, 1.0)[..., 2:4, 2:4])
+    torch.testing.assert_close(blur(torch.full((1, 1, 1, 3), 2.0), 9.0), torch.full((1, 1, 1, 3), 2.0))
 
 
 @pytest.mark.parametrize("operator", ["mask", "blur"])
@@ -76,7 +76,7 @@ def test_bad_input_is_named():
     pixels, keep = images(), torch.ones(1, 12, dtype=torch.bool)
     given = {"grid": (3, 4), "mean": torch.zeros(3)}
     for operator in ("delete", "attention"):
-        with pytest.raises(InputError, match=f"'{operator}' drops patch tokens.*the engine"):
+        with pytest.raises(InputError, match=f"'{operator}' drops patch tokens.*'mask' or 'blur'"):
             perturb_image(pixels, [0], keep, operator, **given)
     for options, message in (
         ({"operator": "blurr"}, "Did you mean 'blur'"),

@@ -235,3 +235,39 @@ def test_noisy_scores_have_the_shape_they_say(bert, batch):
     scores = noisy_scores(ExplainableModel(bert), batch, "input_x_gradient", options={}, draws=4, **given)
     assert scores.shape == (3, 4, 9)
     assert (scores.transpose(1, 2)[~facts.mask] == 0).all()
+
+
+@pytest.mark.parametrize("method", ["lime", "shap", "random", "integrated_gradients"])
+def test_no_noise_changes_nothing_whatever_a_method_draws(method):
+    model, batch = make_bert(), make_batch((8, 6, 5))
+    wrapped = ExplainableModel(model)
+    special, mask = batch["special_tokens_mask"].bool(), batch["attention_mask"].bool()
+    where = mask & ~special
+    options = {"samples": 30} if method in ("lime", "shap") else {}
+    found = [attribute(wrapped, batch, method, target=0, **options).scores]
+    with embedding_noise(wrapped, batch["input_ids"], where, torch.zeros(int(where.sum()), 24)) as ids:
+        found.append(attribute(wrapped, {**batch, "input_ids": ids}, method, target=0, **options).scores)
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_a_table_that_two_stacks_share_gets_the_noise_once_each():
+    from transformers import T5Config, T5EncoderModel
+
+    class Classifier(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+            self.encoder = T5EncoderModel(T5Config(vocab_size=60, **sizes, pad_token_id=0))
+            self.head = torch.nn.Linear(16, 3)
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.head(self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state.mean(1))
+
+    torch.manual_seed(0)
+    wrapped, batch = ExplainableModel(Classifier().eval()), make_batch((6, 6))
+    where = ~batch["special_tokens_mask"].bool()
+    noise = torch.randn(int(where.sum()), 16)
+    plain = attribute(wrapped, batch, "input_x_gradient", target=0)
+    with embedding_noise(wrapped, batch["input_ids"], where, noise) as ids:
+        moved = attribute(wrapped, {**batch, "input_ids": ids}, "input_x_gradient", target=0)
+    assert moved.scores.isfinite().all() and not torch.allclose(moved.scores, plain.scores)

@@ -14,6 +14,7 @@ from calig.pipeline.attribution.cuts import require_cuts
 from calig.pipeline.attribution.methods.base import Baseline
 from calig.pipeline.attribution.model import ExplainableModel, Inputs, Trace, UnsupportedModelError
 from calig.pipeline.attribution.pixels import baseline_pixels
+from calig.pipeline.attribution.structure import embedding_tables
 from calig.pipeline.errors import InputError
 
 
@@ -62,10 +63,17 @@ def _text_trace(model: ExplainableModel, batch: dict[str, Any], content: Tensor,
     row = _embedding_row(model, baseline)
     used = False
 
-    def replace(_module: Any, _args: Any, output: Tensor) -> Tensor:
+    def tokens_first(fed: Tensor) -> bool:
+        if fed.shape == content.shape == content.T.shape:
+            # As many rows as tokens say nothing about which come first, so what was fed must.
+            ids = batch.get("input_ids", fed)
+            return bool((fed == ids.T).sum() > (fed == ids).sum())
+        return fed.shape == content.T.shape
+
+    def replace(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         nonlocal used
         used = True
-        where = content if output.shape[:2] == content.shape else content.T
+        where = content.T if tokens_first(args[0] if args else next(iter(kwargs.values()))) else content
         if output.shape[:2] != where.shape:
             raise UnsupportedModelError(
                 f"the word embedding of '{model.structure.family}' ({type(embedding).__name__}) returned shape "
@@ -74,13 +82,8 @@ def _text_trace(model: ExplainableModel, batch: dict[str, Any], content: Tensor,
             )
         return torch.where(where[..., None], row.to(output.dtype), output)
 
-    # Families that share their table between stacks (T5) have a module of its own for each.
-    tables = [
-        part
-        for part in model.module.modules()
-        if part is embedding or (isinstance(part, nn.Embedding) and part.weight is embedding.weight)
-    ]
-    handles = [table.register_forward_hook(replace) for table in tables]
+    tables = embedding_tables(model.module, embedding)
+    handles = [table.register_forward_hook(replace, with_kwargs=True) for table in tables]
     try:
         trace = model.trace(batch)
     finally:

@@ -59,10 +59,16 @@ def explain_presence(
             with torch.no_grad():
                 return objective(model.trace(inputs.select(rows), state=state).output, rows)
 
+        def in_passes(presence: Tensor) -> Tensor:
+            places = torch.arange(len(presence), device=model.device)
+            return torch.cat(model.budget.run(places, inputs.mask.shape[1], lambda part: value(presence[part])))
+
         ones = torch.ones(1, len(positions), device=model.device)
-        at_once = max(1, model.max_tokens // inputs.mask.shape[1])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(inputs.seed_of(row, seed))
-            found = explain(captum.attr, value, ones, at_once)
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.random.default_generator.manual_seed(inputs.seed_of(row, seed))
+            if devices:
+                torch.cuda.manual_seed(inputs.seed_of(row, seed))
+            found = explain(captum.attr, in_passes, ones, model.budget.rows(inputs.mask.shape[1]))
         scores[row, positions] = found.detach().reshape(-1).to(scores)
     return scores

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from calig.pipeline.attribution.attention import eager_function
 from calig.pipeline.attribution.model import ExplainableModel, UnsupportedModelError
-from calig.pipeline.attribution.within_block import attention_calls, replaced
+from calig.pipeline.attribution.within_block import attention_calls
+from calig.pipeline.attribution.wrapping import replaced
 
 
 @contextmanager
@@ -124,7 +125,8 @@ def _rule_of(module: nn.Module, family: str) -> Callable[..., Any] | None:
             returned = own(given)
             scaled = given / (given.square().mean(-1, keepdim=True) + epsilon).sqrt().detach()
             gain = own(torch.ones_like(given[:1, :1])).detach() * (1 + epsilon) ** 0.5
-            if not torch.allclose(scaled * gain, returned, rtol=1e-3, atol=1e-4):
+            loose = max(1e-3, 8 * torch.finfo(returned.dtype).eps)
+            if not torch.allclose(scaled * gain, returned, rtol=loose, atol=loose):
                 raise UnsupportedModelError(
                     f"the norm {kind.__name__} of '{family}' is of a kind that attn_lrp does not know."
                 )
@@ -137,12 +139,12 @@ def _rule_of(module: nn.Module, family: str) -> Callable[..., Any] | None:
 def _linear_behind_gate(module: nn.Module) -> nn.Module | None:
     """The linear map that takes in `act(gate) * up`, None where a module has no such product.
 
-    Two ways to write one are in use: separate `gate_proj` and `up_proj` in front of `down_proj`, and one `Wi` of double
-    width in front of `Wo`.
+    The ways to write one that are in use: gate and up apart (`gate_proj` and `up_proj`, T5's `wi_0` and `wi_1`) or as
+    the halves of one map (Phi-3's `gate_up_proj`, ModernBERT's `Wi` of double width).
     """
-    if hasattr(module, "gate_proj") and hasattr(module, "up_proj"):
-        return getattr(module, "down_proj", None)
-    first, second = getattr(module, "Wi", None), getattr(module, "Wo", None)
-    if isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and first.out_features == 2 * second.in_features:
-        return second
+    for first, second in (("gate_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("wi_1", "wo"), ("Wi", "Wo")):
+        into, out = getattr(module, first, None), getattr(module, second, None)
+        if isinstance(into, nn.Linear) and isinstance(out, nn.Linear):
+            fused = into.out_features == 2 * out.in_features
+            return out if fused or first in ("gate_proj", "wi_1") else None
     return None

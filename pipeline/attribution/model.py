@@ -64,7 +64,8 @@ class Inputs:
     def content_of(self, row: int) -> list[Any]:
         """What tells an example from others, whatever its batch and padding: its token ids, else its tensors."""
         if "input_ids" in self.batch:
-            return self.batch["input_ids"][row, self.mask[row]].tolist()
+            # Numbers above the token are those of `embedding_noise`.
+            return (self.batch["input_ids"][row, self.mask[row]] & (2**30 - 1)).tolist()
         one = self.select(torch.tensor([row], device=self.mask.device))
         own = [value[0] for key, value in one.items() if isinstance(value, Tensor) and value.shape[:1] == (1,)]
         size = self.mask.shape[1]
@@ -487,3 +488,10 @@ class ExplainableModel:
         rows = torch.arange(len(inputs), device=self.device) if rows is None else rows.to(self.device)
         width = inputs.mask.shape[1]
         return torch.cat(self.budget.run(rows, width, lambda part: logits_of(self.module(**inputs.select(part)))))
+
+    def logits_of_batch(self, batch: Mapping[str, Any]) -> Tensor:
+        """The (B, C) float32 logits of a batch as it is, in one pass: the `forward` that the metrics take."""
+        from calig.pipeline.attribution.objective import logits_of
+
+        inputs = {key: value.to(self.device) for key, value in forward_inputs(self.module, batch).items()}
+        return logits_of(self.module(**inputs)).float()

@@ -5,16 +5,18 @@ Shapes: N rows, T tokens, P positions that get noise, E width of the word embedd
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calig.pipeline.attribution.model import ExplainableModel, UnsupportedModelError
+from calig.pipeline.attribution.structure import embedding_tables
+from calig.pipeline.attribution.wrapping import replaced
 
-_FIRST = 2**30  # no vocabulary reaches this number, and an int32 id holds as many above it
+_SHIFT = 30  # no vocabulary reaches 2**30, so a number above it can hold the token in its lower bits
 
 
 def embedding_width(model: ExplainableModel, ids: Tensor) -> int:
@@ -32,8 +34,9 @@ def embedding_noise(model: ExplainableModel, ids: Tensor, where: Tensor, noise: 
     """Within the context, add a vector to the word embedding of each chosen position.
 
     A method picks, repeats and orders the rows of a batch as it likes, so a hook could not tell them apart. Each noisy
-    position therefore gets a number of its own in place of its token id, which the word embedding turns back into the
-    token, plus the noise. A baseline that replaces the position replaces the noise with it.
+    position therefore gets a number of its own above its token id, which the word embedding turns back into the token,
+    plus the noise (`Inputs.content_of` still reads the token). A baseline that replaces the position replaces the
+    noise with it.
 
     Args:
         model: The model; its word embedding is as before on exit, also after an exception.
@@ -47,40 +50,36 @@ def embedding_noise(model: ExplainableModel, ids: Tensor, where: Tensor, noise: 
     Raises:
         UnsupportedModelError: The model has no word embedding, or nothing ran through it within the context.
     """
-    embedding = _word_embedding(model)
-    where = where.to(ids.device)
-    tokens = ids[where]
+    tables = embedding_tables(model.module, _word_embedding(model))
+    ids, where = ids.to(model.device).long(), where.to(model.device)
+    noise = noise.to(model.device)
+    count = int(where.sum())
     numbered = ids.clone()
-    numbered[where] = torch.arange(_FIRST, _FIRST + len(tokens), device=ids.device, dtype=ids.dtype)
-    noise = noise.to(ids.device)
-    original, own = embedding.forward, embedding.__dict__.get("forward")
+    numbered[where] += torch.arange(1, count + 1, device=ids.device) << _SHIFT
     used = False
 
-    def forward(fed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        nonlocal used
-        noisy = fed >= _FIRST
-        if not noisy.any():
-            return original(fed, *args, **kwargs)
-        used = True
-        index = fed[noisy] - _FIRST
-        plain = fed.masked_scatter(noisy, tokens[index])
-        output = original(plain, *args, **kwargs)
-        added = torch.zeros_like(output)
-        added[noisy] = noise[index].to(output.dtype)
-        return output + added
+    def noisy(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(fed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            nonlocal used
+            number = fed >> _SHIFT
+            if not number.any():
+                return original(fed, *args, **kwargs)
+            used = True
+            output = original(fed & (2**_SHIFT - 1), *args, **kwargs)
+            added = torch.zeros_like(output)
+            added[number > 0] = noise[number[number > 0] - 1].to(output.dtype)
+            return output + added
 
-    embedding.forward = forward
-    try:
+        return forward
+
+    with ExitStack() as stack:
+        for table in tables:
+            stack.enter_context(replaced(table, noisy(table.forward)))
         yield numbered
-    finally:
-        if own is None:
-            del embedding.__dict__["forward"]
-        else:
-            embedding.forward = own
-    if not used and len(tokens):
+    if not used and count:
         # Else the noise would be none, and every method perfectly stable without a word.
         raise UnsupportedModelError(
-            f"the word embedding of '{model.structure.family}' ({type(embedding).__name__}) does not run in its "
+            f"the word embedding of '{model.structure.family}' does not run in its "
             "forward pass, so no noise can be put there; take sensitivity_max out of explain.metrics."
         )
 

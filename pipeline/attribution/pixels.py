@@ -29,7 +29,7 @@ def baseline_pixels(pixels: Tensor, baseline: str, processor: Any) -> Tensor:
         InputError: A baseline of text, or `black` without a processor.
     """
     if baseline == "blur":
-        return blur(pixels)
+        return blur(pixels, BLUR * max(pixels.shape[-2:]))
     if baseline in ("mean", "pad"):
         return _colour(pixels, processor, black=False) if processor is not None else torch.zeros_like(pixels)
     if baseline == "black":
@@ -42,13 +42,22 @@ def baseline_pixels(pixels: Tensor, baseline: str, processor: Any) -> Tensor:
     raise InputError(f"baseline '{baseline}' is for text; images take black, mean, blur or zero.")
 
 
-def blur(pixels: Tensor) -> Tensor:
-    """A Gaussian blur of (B, C, H, W), cut off at three standard deviations, edges continued outwards."""
-    sigma = BLUR * max(pixels.shape[-2:])
+def blur(pixels: Tensor, sigma: float) -> Tensor:
+    """Blur images with a Gaussian, cut off at three standard deviations, edges continued outwards.
+
+    Args:
+        pixels: (B, C, H, W).
+        sigma: Standard deviation in pixels.
+
+    Raises:
+        InputError: `sigma` is not positive.
+    """
+    if not 0 < sigma < float("inf"):
+        raise InputError(f"sigma = {sigma} must be positive: the width of the Gaussian in pixels.")
     reach = max(1, round(3 * sigma))
-    offsets = torch.arange(-reach, reach + 1, dtype=pixels.dtype, device=pixels.device)
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.double)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).expand(pixels.shape[1], 1, 1, -1)
+    kernel = (kernel / kernel.sum()).to(pixels).expand(pixels.shape[1], 1, 1, -1)
     padded = nn.functional.pad(pixels, (reach,) * 4, mode="replicate")
     rows = nn.functional.conv2d(padded, kernel, groups=pixels.shape[1])
     return nn.functional.conv2d(rows, kernel.transpose(2, 3), groups=pixels.shape[1])

@@ -38,16 +38,20 @@ def integrate_to_tolerance(path: LayerPath, *, tolerance: float, max_nodes: int)
     # Room for twice the first nodes: most examples need no more at a time.
     group = max(1, capacity // (2 * FIRST_NODES))
     parts = [_Refinement(path, rows, capacity, tolerance, max_nodes).run() for rows in torch.arange(batch).split(group)]
-    return [_join(own) for own in zip(*parts, strict=True)]
+    # The same nodes for all objectives, as one tensor: who integrates along them again asks by its identity.
+    first = [part[0] for part in parts]
+    rows = torch.cat([part.rows for part in first if part.rows is not None])
+    positions = torch.cat([part.positions for part in first if part.positions is not None])
+    return [_join(own, rows, positions) for own in zip(*parts, strict=True)]
 
 
-def _join(parts: tuple[Integral, ...]) -> Integral:
+def _join(parts: tuple[Integral, ...], rows: Tensor, positions: Tensor) -> Integral:
     return Integral(
         torch.cat([part.evidence for part in parts]),
         torch.cat([part.error_bound for part in parts if part.error_bound is not None]),
         torch.cat([part.steps_used for part in parts]),
-        torch.cat([part.rows for part in parts if part.rows is not None]),
-        torch.cat([part.positions for part in parts if part.positions is not None]),
+        rows,
+        positions,
     )
 
 

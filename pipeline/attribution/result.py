@@ -23,7 +23,8 @@ class Attribution:
         special: (B, T) true on special tokens.
         output_change: (B,) objective at the input minus objective at the baseline.
         completeness_gap: (B, L+1) relative distance of the layer's sum from `output_change`, the denominator being
-            at least 1e-3; None for methods that do not claim completeness. A method of one layer has (B, 1).
+            at least 1e-3; None for methods that do not claim completeness. A method of one layer has (B, 1). Of
+            `attn_lrp` it is what leaks under its rules; of `lig` (B, L), the worst target of each block.
         error_bound: Shape of `completeness_gap`: bound on the gap measured from the path itself (METHODS 1.3).
         steps_used: (B,) nodes of the path; 1 for methods without a path.
         converged: (B,) whether the bound (else the gap) stayed within the tolerance.

@@ -58,6 +58,24 @@ def mean_attention(attention: Tensor, _gradient: Tensor, mask: Tensor) -> Tensor
     return mask_pairs(attention.mean(dim=1), mask)
 
 
+def gradcam(attention: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
+    """Heads weighted by their mean gradient over real pairs, rectified (METHODS 5.3): (B, T, T), zero at padding."""
+    pairs = mask.sum(dim=1).square().to(gradient.dtype)[:, None]
+    # The gradient is not 0 at padding, even where the attention is.
+    weights = mask_pairs(gradient, mask).sum(dim=(-2, -1)) / pairs
+    return mask_pairs((attention * weights[..., None, None]).mean(dim=1).clamp_min(0), mask)
+
+
+def weighted_heads(attention: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
+    """Heads weighted by `I_h ~ mean |A_h' dA_h|`, which sum to 1 (Chen et al. 2022): (B, T, T), zero at padding."""
+    attention, gradient = mask_pairs(attention, mask), mask_pairs(gradient, mask)
+    importance = (attention.transpose(-1, -2) @ gradient).abs().sum(dim=(-2, -1))
+    total = importance.sum(dim=1, keepdim=True)
+    # A block that the objective does not depend on has no head that counts.
+    share = importance / total.where(total > 0, total.new_ones(()))
+    return (share[..., None, None] * attention).sum(dim=1)
+
+
 def mask_pairs(matrix: Tensor, mask: Tensor) -> Tensor:
     """Set rows and columns of padding in (..., T, T) to 0; `torch.where`, because a masked row may be NaN."""
     pairs = mask[:, :, None] & mask[:, None, :]

@@ -149,6 +149,16 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def embedding_tables(model: nn.Module, embedding: nn.Module) -> list[nn.Module]:
+    """The word embedding, and the modules that look up the same table: T5 has one for each of its stacks."""
+    weight = getattr(embedding, "weight", None)
+    return [
+        part
+        for part in model.modules()
+        if part is embedding or (isinstance(part, nn.Embedding) and part.weight is weight)
+    ]
+
+
 def _word_embedding(model: nn.Module, host: PreTrainedModel | None) -> nn.Module | None:
     if host is not None:
         try:

@@ -22,6 +22,8 @@ from transformers.masking_utils import eager_mask
 
 from calig.pipeline.attribution.attention import eager_function, implementation
 from calig.pipeline.attribution.model import ExplainableModel, Inputs, UnsupportedModelError
+from calig.pipeline.attribution.wrapping import replaced
+from calig.pipeline.errors import InputError
 
 INTERFACE = "calig_within_block"
 _AGREES = 1e-3  # a probe that fails is off by the size of the numbers themselves
@@ -310,7 +312,10 @@ def take_apart(model: ExplainableModel, inputs: Inputs, row: int) -> list[Block]
         UnsupportedModelError: The family does not use the attention interface, or its blocks are of another kind.
     """
     host = model.require_interface()
-    length = int(inputs.mask[row].nonzero().max()) + 1
+    real = inputs.mask[row].nonzero()
+    if not len(real):
+        raise InputError(f"example {row} of the batch is nothing but padding.")
+    length = int(real.max()) + 1
     width = inputs.mask.shape[1]
     batch = {
         key: value[:, :length] if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == width else value
@@ -404,19 +409,6 @@ def _zeros_like_output_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda given: given.new_zeros(*given.shape[:-1], width)
 
 
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the context, a module's forward is another function."""
-    previous = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if previous is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = previous
-
-
 def _close(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() <= _AGREES * other.abs().max().clamp_min(1e-6))
+    limit = max(_AGREES, 16 * torch.finfo(other.dtype).eps)  # the eps counts where precision="model" keeps 16 bits
+    return bool((one - other).abs().max() <= limit * other.abs().max().clamp_min(1e-6))

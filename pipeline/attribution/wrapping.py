@@ -9,7 +9,7 @@ and torch's own encoder hands nested tensors to its fused layers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -79,3 +79,17 @@ def _inner(model: nn.Module) -> nn.Module | None:
     if (compiled := vars(model).get("_modules", {}).get("_orig_mod")) is not None:
         return compiled
     return model.get_base_model() if is_peft(model) else None  # type: ignore[operator]
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, a module's forward is another function."""
+    previous = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = previous

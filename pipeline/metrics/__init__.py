@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     from calig.pipeline.metrics.plausibility_classes import TokenIoU as TokenIoU
     from calig.pipeline.metrics.randomisation import is_flagged as is_flagged
     from calig.pipeline.metrics.randomisation import randomisation_rows as randomisation_rows
-    from calig.pipeline.metrics.randomisation import rank_correlation as rank_correlation
     from calig.pipeline.metrics.ranking import as_scores as as_scores
     from calig.pipeline.metrics.ranking import count as count
     from calig.pipeline.metrics.ranking import random_rank as random_rank
@@ -84,6 +83,7 @@ if TYPE_CHECKING:
     from calig.pipeline.metrics.statistics import Summary as Summary
     from calig.pipeline.metrics.statistics import bootstrap_interval as bootstrap_interval
     from calig.pipeline.metrics.statistics import f1_of_means as f1_of_means
+    from calig.pipeline.metrics.statistics import rank_correlation as rank_correlation
     from calig.pipeline.metrics.statistics import small_sample_warning as small_sample_warning
     from calig.pipeline.metrics.statistics import spearman as spearman
     from calig.pipeline.metrics.statistics import summarise as summarise
@@ -125,13 +125,21 @@ _NAMES_IN = {
         "word_scores",
     ),
     "plausibility_classes": ("AUPRC", "IoUF1", "MaskAUPRC", "MaskIoU", "PointingGame", "TokenF1", "TokenIoU"),
-    "randomisation": ("is_flagged", "randomisation_rows", "rank_correlation"),
+    "randomisation": ("is_flagged", "randomisation_rows"),
     "ranking": ("as_scores", "count", "random_rank", "random_scores", "rank", "reverse"),
     "rows": ("MetricError", "Row", "metric_key"),
     "sample_metric": ("SampleMetric", "SampleStates"),
     "sensitivity": ("sensitivity_max", "sensitivity_rows"),
     "spans": ("span_agreement",),
-    "statistics": ("Summary", "bootstrap_interval", "f1_of_means", "small_sample_warning", "spearman", "summarise"),
+    "statistics": (
+        "Summary",
+        "bootstrap_interval",
+        "f1_of_means",
+        "small_sample_warning",
+        "rank_correlation",
+        "spearman",
+        "summarise",
+    ),
 }
 _HOME = {name: module for module, names in _NAMES_IN.items() for name in names}
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from calig.pipeline.metrics import curves, draws, faithfulness
 from calig.pipeline.metrics.dynamics_classes import RankCorrelation
 from calig.pipeline.metrics.sample_metric import SampleIds, SampleMetric, SampleStates
+from calig.pipeline.metrics.sensitivity import sensitivity_max
 
 
 class Comprehensiveness(SampleMetric):
@@ -136,35 +139,42 @@ class Infidelity(SampleMetric):
 
     Example:
         >>> metric = Infidelity()
-        >>> metric.update(torch.tensor([[1.0, 3.0], [0.0, 1.0]]), torch.tensor([[2.0, 6.0], [2.0, 6.0]]), [0, 1])
+        >>> removed = torch.tensor([[True, False], [True, True]])
+        >>> metric.update([removed], [torch.tensor([1.0, 2.0])], [torch.tensor([2.0, 6.0])], sample_id=[0])
         >>> metric.compute()
-        tensor(1.)
+        tensor(0.)
     """
 
     higher_is_better = False
 
-    def update(self, attributed: Tensor, drops: Tensor, sample_id: SampleIds) -> None:
-        """Add examples: (B, D) the sum of the scores that each of D draws removes, (B, D) drops of the logit, B ids."""
-        every = torch.eye(attributed.shape[1], dtype=attributed.dtype, device=attributed.device)
-        pairs = zip(attributed, drops, strict=True)
-        self._record([float(draws.infidelity(every, of_draws, of_logit)) for of_draws, of_logit in pairs], sample_id)
+    def update(
+        self, removed: Sequence[Tensor], scores: Sequence[Tensor], drops: Sequence[Tensor], sample_id: SampleIds
+    ) -> None:
+        """Add examples: B (D, N) what each of D draws removes, B (N,) scores, B (D,) drops of the logit, B ids."""
+        examples = zip(removed, scores, drops, strict=True)
+        self._record([float(draws.infidelity(*example)) for example in examples], sample_id)
 
 
 class SensitivityMax(SampleMetric):
     """Mean of the largest relative change of the scores under noise (Yeh et al. 2019); lower is better.
 
+    Examples whose scores are all 0 are skipped.
+
     Example:
         >>> metric = SensitivityMax()
-        >>> metric.update(torch.tensor([[0.1, 0.5, 0.2], [0.1, 0.1, 0.0]]), sample_id=[0, 1])
+        >>> scores, perturbed = torch.tensor([[3.0, 4.0]]), torch.tensor([[[3.0, 4.5], [3.0, 3.0]]])
+        >>> metric.update(scores, perturbed, torch.ones(1, 2).bool(), sample_id=[0])
         >>> metric.compute()
-        tensor(0.3000)
+        tensor(0.2000)
     """
 
     higher_is_better = False
 
-    def update(self, changes: Tensor, sample_id: SampleIds) -> None:
-        """Add examples: (B, J) relative changes ``|s(x + noise) - s(x)| / |s(x)|`` under J draws of noise, B ids."""
-        self._record(changes.amax(1), sample_id)
+    def update(self, scores: Tensor, perturbed: Tensor, mask: Tensor, sample_id: SampleIds) -> None:
+        """Add examples: (B, T) scores, (B, R, T) those under R draws of noise, (B, T) real positions, B ids."""
+        found = sensitivity_max(scores, perturbed, mask).tolist()
+        silent = torch.where(mask.bool(), scores, 0.0).eq(0).all(dim=1).tolist()
+        self._record([None if skipped else value for value, skipped in zip(found, silent, strict=True)], sample_id)
 
 
 class CompletenessGap(SampleMetric):
@@ -211,8 +221,8 @@ class CompletenessGapMax(SampleStates):
 class Randomisation(RankCorrelation):
     """Mean Spearman correlation of scores before and after weights are randomised (Adebayo et al. 2018).
 
-    Lower is better: scores that stay do not depend on what the model has learnt. Examples with fewer than two
-    evaluable positions, or with equal scores only, are skipped.
+    Nearer 0 is better: scores that stay, or turn around, do not depend on what the model has learnt. Examples with
+    fewer than two evaluable positions, or with equal scores only, are skipped.
 
     Example:
         >>> metric = Randomisation()
@@ -221,7 +231,7 @@ class Randomisation(RankCorrelation):
         tensor(-1.)
     """
 
-    higher_is_better = False
+    higher_is_better = None
 
     def update(self, before: Tensor, after: Tensor, evaluable: Tensor, sample_id: SampleIds) -> None:
         """Add examples: (B, T) scores, (B, T) scores of the randomised model, (B, T) bool, B ids."""

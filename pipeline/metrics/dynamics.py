@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calig.pipeline.metrics.statistics import spearman
+from calig.pipeline.metrics.statistics import rank_correlation
 
 
 def layer_profile(layer_scores: Tensor, mask: Tensor) -> Tensor:
@@ -61,8 +61,7 @@ def drift(scores_now: Tensor, scores_before: Tensor, evaluable: Tensor) -> Tenso
         >>> drift(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[3.0, 2.0, 1.0]]), torch.ones(1, 3).bool())
         tensor([-1.])
     """
-    pairs = zip(scores_now.cpu(), scores_before.cpu(), evaluable.cpu().bool(), strict=True)
-    return torch.tensor([spearman(now[chosen], before[chosen]) for now, before, chosen in pairs])
+    return rank_correlation(scores_now.cpu(), scores_before.cpu(), evaluable.cpu()).float()
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

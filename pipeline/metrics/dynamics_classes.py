@@ -10,7 +10,7 @@ from torch import Tensor
 from calig.pipeline.errors import InputError
 from calig.pipeline.metrics import dynamics
 from calig.pipeline.metrics.sample_metric import SampleIds, SampleMetric, SampleStates, finite_items
-from calig.pipeline.metrics.statistics import Summary, summary_of
+from calig.pipeline.metrics.statistics import Summary, rank_correlation, summary_of
 
 
 class RankCorrelation(SampleMetric):
@@ -19,7 +19,7 @@ class RankCorrelation(SampleMetric):
     def _correlate(self, a: Tensor, b: Tensor, evaluable: Tensor, sample_id: SampleIds) -> None:
         for scores in (a, b):
             _check_finite(scores, evaluable, sample_id)
-        values = dynamics.drift(a, b, evaluable).tolist()
+        values = rank_correlation(a, b, evaluable).tolist()
         self._record([None if value != value else value for value in values], sample_id)
 
 

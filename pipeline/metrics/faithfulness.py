@@ -117,7 +117,7 @@ def faithfulness_rows(
     | `log_odds` (if ``spaces`` has it) | `probability` | ``bins`` | `none`, `reversed`, `random` |
     | `deletion_auc`, `insertion_auc` | ``spaces`` | 0, .1, ..., 1 | `none`, `reversed`, `random` |
     | `positive_auc`, `negative_auc` | None | 0, .1, ..., .9 | `none`, `random` |
-    | `infidelity` | `logit` | - | `none`, `random` |
+    | `infidelity` | None | - | `none`, `random` |
 
     The control `random` is shared by all methods and stands once, as method `random`, control `random`.
     `positive_auc` and `negative_auc` remove in the method's order and in its exact reversal, so that each is the
@@ -155,6 +155,9 @@ def faithfulness_rows(
     _check_metrics(metrics, perturbation_target, labels, len(ids))
     for operator in operators:
         tokens.check(operator)
+    named = list(_named(metrics, spaces))
+    if without := [name for name in metrics if name not in {known for known, _ in named}]:
+        raise InputError(f"{', '.join(without)} has no value in the spaces {list(spaces)}: add 'probability' to them.")
     evaluable = (mask.bool() & ~special.bool()).cpu()
     present = [b for b in range(len(ids)) if bool(evaluable[b].any())]
     labels = labels if perturbation_target == "label" else None
@@ -170,12 +173,13 @@ def faithfulness_rows(
             special=special,
             mask=mask,
             token_budget=token_budget,
+            compared=any(space != "logit" for name, space in named if name != "infidelity"),
         )
         reference = readings.predicted[: len(present)] if labels is None else labels.cpu()[present]
 
     rows: list[Row] = []
     absent = [b for b in range(len(ids)) if b not in present]
-    for name, space in _named(metrics, spaces):
+    for name, space in named:
         controls = ("none",) if name in _WITHOUT_REVERSED else ("none", "reversed")
         rankings = [("random", "random"), *product(scores, controls)]
         shares = () if name == "infidelity" else _SHARES.get(name, bins)

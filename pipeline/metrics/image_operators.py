@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from calig.pipeline.attribution.pixels import blur
 from calig.pipeline.errors import InputError, unknown
 
 ImageOperator = Literal["mask", "blur"]
@@ -32,7 +32,7 @@ def perturb_image(
     """Build the perturbed images of R requests: patches that are not kept change, the others stay to the bit.
 
     `mask` sets a patch to the data set's mean. `blur` takes the patch from the image blurred as a whole with a Gaussian
-    (cut at three sigma, edges reflected), so a blurred patch carries the colours of what surrounds it.
+    (cut at three sigma, edges continued), so a blurred patch carries the colours of what surrounds it.
 
     Args:
         pixels: (B, C, H, W) float images, as the model takes them (normalised).
@@ -61,43 +61,11 @@ def perturb_image(
     if operator == "mask":
         filled = _mean_image(pixels, mean)
     else:
-        filled = blurred(pixels, max(height, width) / 2 if sigma is None else sigma)
+        filled = blur(pixels, max(height, width) / 2 if sigma is None else sigma)
     index = torch.as_tensor(example, dtype=torch.long, device=pixels.device)
     stays = keep.to(pixels.device, torch.bool).view(-1, 1, *grid)
     stays = stays.repeat_interleave(height, 2).repeat_interleave(width, 3)
     return torch.where(stays, pixels[index], filled[index])
-
-
-def blurred(pixels: Tensor, sigma: float) -> Tensor:
-    """Blur images with a Gaussian, cut at three sigma and summing to one; edges are reflected.
-
-    Args:
-        pixels: (B, C, H, W) float images.
-        sigma: In pixels; cut short where the image is smaller than the kernel.
-
-    Returns:
-        (B, C, H, W) images.
-
-    Raises:
-        InputError: ``sigma`` is not positive.
-
-    Example:
-        >>> bool(torch.allclose(blurred(torch.ones(1, 1, 4, 4), 2.0), torch.ones(1, 1, 4, 4)))
-        True
-    """
-    if not 0 < sigma < float("inf"):
-        raise InputError(f"sigma = {sigma} must be positive: the width of the Gaussian in pixels.")
-    channels = pixels.shape[1]
-    for side in (2, 3):
-        radius = min(max(1, round(3 * sigma)), pixels.shape[side] - 1)  # a reflection cannot be longer than the image
-        offsets = torch.arange(-radius, radius + 1, dtype=torch.double)
-        kernel = torch.exp(-0.5 * (offsets / sigma).square())
-        kernel = (kernel / kernel.sum()).to(pixels)
-        shape = (1, 1, -1, 1) if side == 2 else (1, 1, 1, -1)
-        padding = (0, 0, radius, radius) if side == 2 else (radius, radius, 0, 0)
-        weight = kernel.view(shape).repeat(channels, 1, 1, 1)
-        pixels = functional.conv2d(functional.pad(pixels, padding, mode="reflect"), weight, groups=channels)
-    return pixels
 
 
 def _mean_image(pixels: Tensor, mean: Tensor | None) -> Tensor:
@@ -115,8 +83,8 @@ def _mean_image(pixels: Tensor, mean: Tensor | None) -> Tensor:
 def _check(pixels: Tensor, example: Sequence[int], keep: Tensor, operator: str, grid: tuple[int, int]) -> None:
     if operator in _OF_THE_ENGINE:
         raise InputError(
-            f"the operator '{operator}' drops patch tokens inside the model, which pixels cannot express: the engine "
-            "does it. Use 'mask' or 'blur' here."
+            f"the operator '{operator}' drops patch tokens inside the model, which pixels cannot express; images take "
+            "'mask' or 'blur'."
         )
     if operator not in IMAGE_OPERATORS:
         raise unknown("operator on images", operator, IMAGE_OPERATORS)

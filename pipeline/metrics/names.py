@@ -17,6 +17,15 @@ FaithfulnessMetric = Literal[
 FAITHFULNESS_METRICS: tuple[FaithfulnessMetric, ...] = get_args(FaithfulnessMetric)
 DEFAULT_METRICS: tuple[FaithfulnessMetric, ...] = ("comprehensiveness", "sufficiency", "log_odds")
 
+OF_ONE_OUTPUT: tuple[FaithfulnessMetric, ...] = (
+    "comprehensiveness",
+    "sufficiency",
+    "deletion_auc",
+    "insertion_auc",
+    "infidelity",
+)
+"""Metrics that a model of one output has: those of its logit."""
+
 REPEATED_METRICS = ("sensitivity_max", "randomisation")
 """Metrics that explain each sample again, many times."""
 

@@ -15,43 +15,16 @@ from calig.pipeline.attribution.api import attribute
 from calig.pipeline.attribution.model import ExplainableModel
 from calig.pipeline.attribution.reset import initialise_anew, parts_from_the_top, weights_kept
 from calig.pipeline.attribution.result import Attribution
-from calig.pipeline.errors import InputError
 from calig.pipeline.metrics.rows import MetricError, Row, make_row
-from calig.pipeline.metrics.statistics import spearman
+from calig.pipeline.metrics.statistics import rank_correlation
 
 KEPT_TOO_MUCH = 0.5
 """A method whose ranking keeps a mean correlation above this with every block randomised is flagged."""
 
 
-def rank_correlation(scores: Tensor, others: Tensor, evaluable: Tensor) -> Tensor:
-    """Compute Spearman's correlation of signed scores before and after, example by example.
-
-    Args:
-        scores: (B, T) with the trained weights.
-        others: (B, T) with others.
-        evaluable: (B, T) bool, positions that are neither special nor padding; the rest is not looked at.
-
-    Returns:
-        (B,) float64 in [-1, 1], NaN where it is undefined: fewer than two positions, or all scores of one side equal.
-
-    Raises:
-        InputError: The shapes differ.
-
-    Example:
-        >>> every = torch.ones(1, 3, dtype=torch.bool)
-        >>> rank_correlation(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[9.0, 1.0, 2.0]]), every)
-        tensor([0.5000], dtype=torch.float64)
-    """
-    if not scores.shape == others.shape == evaluable.shape or scores.ndim != 2:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (scores, others, evaluable))
-        raise InputError(f"scores, others and evaluable must have one shape (B, T), got {shapes}.")
-    rows = zip(scores, others, evaluable.bool(), strict=True)
-    return torch.tensor([spearman(a[kept], b[kept]) for a, b, kept in rows], dtype=torch.double)
-
-
 def is_flagged(mean: float | None) -> bool:
-    """Whether a method does not fall: its mean over samples with every block randomised is above 0.5."""
-    return mean is not None and mean > KEPT_TOO_MUCH
+    """Whether a method does not fall: its mean over samples with every block randomised is farther than 0.5 from 0."""
+    return mean is not None and abs(mean) > KEPT_TOO_MUCH
 
 
 def randomisation_rows(

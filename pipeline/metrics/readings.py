@@ -57,6 +57,7 @@ def read_requests(
     special: Tensor,
     mask: Tensor,
     token_budget: int = TOKEN_BUDGET,
+    compared: bool = False,
 ) -> Readings:
     """Run requests through the planner and read the explained class.
 
@@ -70,13 +71,19 @@ def read_requests(
         special: (B, T) bool, special tokens.
         mask: (B, T) bool, real positions.
         token_budget: See `perturbed_logits`.
+        compared: Whether probabilities or predictions are wanted, which a model of one output has none of.
 
     Raises:
-        InputError: A target or a label is not a class.
+        InputError: One output where classes are compared. A target or a label is not a class.
     """
     logits, row = distinct_logits(
         forward, batch, requests, tokens=tokens, special=special, mask=mask, token_budget=token_budget
     )
+    if compared and logits.shape[1] == 1:
+        raise InputError(
+            "the model has one output, whose softmax is always 1, so its probability and its prediction never change. "
+            "Take spaces=('logit',) and metrics without an accuracy."
+        )
     examples = torch.tensor([request.example for request in requests])
     for name, classes in {"targets": target, "labels": labels}.items():
         if classes is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from calig.pipeline.errors import InputError
 from calig.pipeline.metrics.rows import MetricError, metric_key
 
+STEP = 10.0  # of positive and negative AUC: what one prediction on the edge between two classes moves them by
 TOLERANCE = 1e-4  # duplicates from a distributed sampler may differ by the noise of another batch
 _CHUNK = 2**22  # drawn indices held at once: 32 MiB
 SMALL_SAMPLE = 30
@@ -132,18 +133,45 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return max(-1.0, min(1.0, float(x @ y) / norm)) if norm > 0 else float("nan")
 
 
-def unique_by_id(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def rank_correlation(scores: Tensor, others: Tensor, evaluable: Tensor) -> Tensor:
+    """Compute Spearman's correlation of two explanations, example by example; 1 means the same ranking.
+
+    Args:
+        scores: (B, T) signed scores.
+        others: (B, T) signed scores of the same examples.
+        evaluable: (B, T) bool, positions that are neither special nor padding; the rest is not looked at.
+
+    Returns:
+        (B,) float64 in [-1, 1], NaN where it is undefined: fewer than two positions, or all scores of one side equal.
+
+    Raises:
+        InputError: The shapes differ.
+
+    Example:
+        >>> every = torch.ones(1, 3, dtype=torch.bool)
+        >>> rank_correlation(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[9.0, 1.0, 2.0]]), every)
+        tensor([0.5000], dtype=torch.float64)
+    """
+    if not scores.shape == others.shape == evaluable.shape or scores.ndim != 2:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (scores, others, evaluable))
+        raise InputError(f"scores, others and evaluable must have one shape (B, T), got {shapes}.")
+    rows = zip(scores, others, evaluable.bool(), strict=True)
+    return torch.tensor([spearman(a[kept], b[kept]) for a, b, kept in rows], dtype=torch.double)
+
+
+def unique_by_id(ids: Tensor, values: Tensor, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor]:
     """Sort by id and keep the first value of each id.
 
     Args:
         ids: (N,) int64.
         values: (N,) values, or (N, C), NaN for skipped samples.
+        tolerance: By how much the values of one id may differ, relative to values above 1.
 
     Returns:
         (U,) ascending unique ids and their (U,) or (U, C) values.
 
     Raises:
-        MetricError: Values of one id differ by more than 1e-4, or only some of them are skipped; names the sample.
+        MetricError: Values of one id differ by more, or only some of them are skipped; names the sample.
 
     Example:
         >>> unique_by_id(torch.tensor([9, 2, 9]), torch.tensor([1.0, 3.0, 1.0]))
@@ -154,7 +182,7 @@ def unique_by_id(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = ids[1:] != ids[:-1]
     kept = values[first][first.long().cumsum(0) - 1]
-    wrong = ((values - kept).abs() > TOLERANCE) | (values.isnan() != kept.isnan())
+    wrong = ((values - kept).abs() > tolerance * kept.abs().clamp_min(1)) | (values.isnan() != kept.isnan())
     if bool(wrong.any()):
         at = tuple(wrong.nonzero()[0].tolist())
         given = f"{float(kept[at])} and {float(values[at])}"
@@ -235,8 +263,10 @@ def unique_values(rows: Iterable[Mapping[str, Any]], *, q: float | None = None) 
         values.append(float("nan") if value is None else value)
     found: dict[Key, Values] = {}
     for key, (ids, values) in groups.items():
+        tolerance = STEP if key[2].split("@")[0] in ("positive_auc", "negative_auc") else TOLERANCE
         try:
-            unique, column = unique_by_id(torch.tensor(ids), torch.tensor(values, dtype=torch.double).unsqueeze(1))
+            column = torch.tensor(values, dtype=torch.double).unsqueeze(1)
+            unique, column = unique_by_id(torch.tensor(ids), column, tolerance)
         except MetricError as error:
             raise MetricError(f"{key[2]}: {error.reason}", sample_id=error.sample_id, method=key[0]) from None
         found[key] = Values(unique, column, first_mean)

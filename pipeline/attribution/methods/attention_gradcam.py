@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from calig.pipeline.attribution.methods.base import AttributionMethod
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from calig.pipeline.attribution.model import ExplainableModel, Inputs
     from calig.pipeline.attribution.objective import Objective
     from calig.pipeline.attribution.result import Attribution
@@ -28,14 +26,7 @@ class AttentionGradCAM(AttributionMethod):
         from calig.pipeline.attribution import inside, rollout
         from calig.pipeline.attribution.build import build_attribution
 
-        def combine(attention: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
-            pairs = mask.sum(dim=1).square().to(gradient.dtype)[:, None]
-            # The gradient is not 0 at padding, even where the attention is.
-            weights = rollout.mask_pairs(gradient, mask).sum(dim=(-2, -1)) / pairs
-            weighted = (attention * weights[..., None, None]).mean(dim=1)
-            return rollout.mask_pairs(weighted.clamp_min(0), mask)
-
+        matrices, readout = inside.attention_matrices(model, inputs, objective, rollout.gradcam)
         ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
-        matrices, readout = inside.attention_matrices(model, inputs, objective, combine)
         scores = rollout.read_row(matrices[-1], readout)
         return build_attribution(self, inputs, objective, ends.output_change, scores)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Literal
 from calig.pipeline.attribution.methods.base import AttributionMethod, BaselineOptions
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from calig.pipeline.attribution.model import ExplainableModel, Inputs
     from calig.pipeline.attribution.objective import Objective
     from calig.pipeline.attribution.result import Attribution
@@ -46,14 +44,10 @@ class AttentionShapley(AttributionMethod):
         from calig.pipeline.attribution.build import build_attribution
 
         kind = self.options.weights
+        combine = rollout.signed_attention_gradient if kind == "gradient" else rollout.mean_attention
 
-        def combine(attention: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
-            if kind == "gradient":
-                return rollout.attention_gradient(attention, gradient, mask, positive=False)
-            return rollout.mask_pairs(attention.mean(dim=1), mask)
-
-        ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
         matrices, _ = inside.attention_matrices(model, inputs, objective, combine)
+        ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
         if kind == "last":
             worth = matrices[-1]
         elif kind == "rollout":

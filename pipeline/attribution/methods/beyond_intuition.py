@@ -9,8 +9,6 @@ from calig.pipeline.attribution.methods.base import AttributionMethod, BaselineO
 from calig.pipeline.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from calig.pipeline.attribution.model import ExplainableModel, Inputs
     from calig.pipeline.attribution.objective import Objective
     from calig.pipeline.attribution.result import Attribution
@@ -49,16 +47,8 @@ class BeyondIntuition(AttributionMethod):
         from calig.pipeline.attribution.attention_path import last_attention_gradient
         from calig.pipeline.attribution.build import build_attribution
 
-        def combine(attention: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
-            attention, gradient = rollout.mask_pairs(attention, mask), rollout.mask_pairs(gradient, mask)
-            importance = (attention.transpose(-1, -2) @ gradient).abs().sum(dim=(-2, -1))
-            total = importance.sum(dim=1, keepdim=True)
-            # A block that the objective does not depend on has no head that counts.
-            share = importance / total.where(total > 0, total.new_ones(()))
-            return (share[..., None, None] * attention).sum(dim=1)
-
+        matrices, readout = inside.attention_matrices(model, inputs, objective, rollout.weighted_heads)
         ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
-        matrices, readout = inside.attention_matrices(model, inputs, objective, combine)
         perceived = rollout.rollout(matrices, readout)[:, -1] + readout  # the rollout leaves the identity out
         gradient = last_attention_gradient(model, inputs, objective, ends, self.options.steps)
         feedback = rollout.read_row(gradient.clamp_min(0).mean(dim=1), readout)

@@ -94,7 +94,8 @@ class LIG(AttributionMethod):
         from calig.pipeline.attribution.within_layer import flow_scores
 
         options = self.options
-        ends = inside.find_ends(model, inputs, objective, "pad", [0])
+        # The baseline is for `output_change` alone; zero is one that every model has.
+        ends = inside.find_ends(model, inputs, objective, "zero", [0])
         examples = [self._example(model, inputs, row) for row in range(len(inputs))]
         parts = {
             name: _padded([example[0][name] for example in examples], inputs.mask.shape[1], axes)

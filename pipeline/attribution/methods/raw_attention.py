@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from calig.pipeline.attribution.methods.base import AttributionMethod
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from calig.pipeline.attribution.model import ExplainableModel, Inputs
     from calig.pipeline.attribution.objective import Objective
     from calig.pipeline.attribution.result import Attribution
@@ -33,10 +31,7 @@ class RawAttention(AttributionMethod):
         from calig.pipeline.attribution import inside, rollout
         from calig.pipeline.attribution.build import build_attribution
 
-        def combine(attention: Tensor, _gradient: Tensor, mask: Tensor) -> Tensor:
-            return rollout.mask_pairs(attention.mean(dim=1), mask)
-
+        matrices, readout = inside.attention_matrices(model, inputs, objective, rollout.mean_attention)
         ends = inside.find_ends(model, inputs, objective, self.options.baseline, [0])
-        matrices, readout = inside.attention_matrices(model, inputs, objective, combine)
         layers = torch.stack([rollout.read_row(matrix, readout) for matrix in matrices], dim=1)
         return build_attribution(self, inputs, objective, ends.output_change, layers[:, -1], layer_scores=layers)
