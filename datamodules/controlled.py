@@ -79,7 +79,7 @@ _PHRASES: Final[dict[str, Words]] = {
     "SOURCE": SOURCES,
     "EXPECTED": EXPECTATIONS,
 }
-_DOMAINS: Final[dict[str, tuple[Words, Words]]] = {  # nouns, neutral clauses
+DOMAINS: Final[dict[str, tuple[Words, Words]]] = {  # nouns, neutral clauses
     "restaurant": (
         ("soup", "waiter", "dessert", "menu", "kitchen", "fish", "bread", "table", "wine", "lunch"),
         ("we ordered the fish", "the menu had four pages", "the waiter brought the bread", "nobody ordered the wine"),
@@ -212,7 +212,7 @@ def _draw(rng: random.Random, row: int, label: int, seen: set[tuple[str, ...]]) 
 
 
 def _sentence(rng: random.Random, polarity: int) -> list[str]:
-    domain = rng.choice(list(_DOMAINS))
+    domain = rng.choice(list(DOMAINS))
     words = _fill(rng, rng.choice(_DECIDING), domain, polarity)
     if rng.random() < _P_BEFORE:
         words = _before(rng, domain, polarity) + words
@@ -251,7 +251,7 @@ def _behind(rng: random.Random, domain: str, polarity: int) -> list[str]:
 
 
 def _noise(rng: random.Random, domain: str) -> list[str]:
-    pool = _DOMAINS[domain][1] if rng.random() < 0.4 else _NOISE
+    pool = DOMAINS[domain][1] if rng.random() < 0.4 else _NOISE
     return _fill(rng, rng.choice(pool), domain, 0)
 
 
@@ -284,7 +284,7 @@ def _fill(rng: random.Random, template: str, domain: str, polarity: int) -> list
         elif slot in _ASIDES:
             words += _fill(rng, _ASIDES[slot], domain, rng.choice((-1, 1)))
         elif slot == "NOUN":
-            words.append(rng.choice(_DOMAINS[domain][0]))
+            words.append(rng.choice(DOMAINS[domain][0]))
         elif slot in _PHRASES:
             words += rng.choice(_PHRASES[slot]).split()
         else:

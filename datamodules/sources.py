@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from calig.datamodules.columns import has_label_column, label_column, read_texts
 from calig.datamodules.examples import TextExample
@@ -21,7 +22,7 @@ from calig.datamodules.readers import nothing_for, read_local
 from calig.datamodules.rows import WHOLE, Rows
 from calig.datamodules.settings import TextDataConfig
 from calig.datamodules.splits import SPLITS, cut_missing, limit, shared_texts
-from calig.pipeline.errors import InputError
+from calig.pipeline.errors import InputError, unknown
 
 CONTROLLED = "controlled"
 
@@ -94,6 +95,27 @@ def load_corpus(config: TextDataConfig, seed: int, use: Use | None = None) -> Te
         if unmet:
             corpus.notes.append(f"no training text of {', '.join(unmet[:8])}{', ...' if len(unmet) > 8 else ''}")
     return replace(corpus, splits=limited)
+
+
+def read_column(config: TextDataConfig, seed: int, use: Use, split: str, column: str, named_by: str) -> Sequence[Any]:
+    """The values of any column of a split, one per row of the source: entry i is that of ``sample_id`` i.
+
+    The controlled corpus has the columns of ``controlled_columns``.
+
+    Raises:
+        InputError: There is no such column; ``named_by`` says which key asks for it.
+    """
+    if config.name == CONTROLLED:
+        from calig.datamodules.controlled_columns import COLUMNS, columns_of
+
+        if column not in COLUMNS:
+            raise unknown("column", column, COLUMNS, f"Named by {named_by}; the columns of data.name={CONTROLLED}.")
+        return [columns_of(example)[column] for example in _generated(config, seed)[split]]
+    splits = _read(config, use)
+    rows = splits.get(split, next(iter(splits.values())))  # a split that was cut from train counts train's rows
+    if column not in rows.columns:
+        raise unknown("column", column, rows.columns, f"Named by {named_by}, looked for in {rows.source}.")
+    return rows.values(column)
 
 
 def _read(config: TextDataConfig, use: Use) -> dict[str, Rows]:
@@ -187,11 +209,9 @@ def _examples(rows: Rows, config: TextDataConfig, labels: Sequence[int] | None) 
 
 
 def _controlled(config: TextDataConfig, seed: int, use: Use) -> TextCorpus:
-    from calig.datamodules.controlled import LABELS, generate
+    from calig.datamodules.controlled import LABELS
 
-    size = config.size
-    sizes = size if isinstance(size, Mapping) else {split: getattr(size, split) for split in SPLITS}
-    splits = dict(generate(sizes, seed))
+    splits = _generated(config, seed)
     if use.label_names is None:
         return TextCorpus(splits, list(LABELS))
     names = list(use.label_names)
@@ -209,3 +229,11 @@ def _controlled(config: TextDataConfig, seed: int, use: Use) -> TextCorpus:
         for split, examples in splits.items()
     }
     return TextCorpus(relabelled, names)
+
+
+def _generated(config: TextDataConfig, seed: int) -> dict[str, list[TextExample]]:
+    from calig.datamodules.controlled import generate
+
+    size = config.size
+    sizes = size if isinstance(size, Mapping) else {split: getattr(size, split) for split in SPLITS}
+    return dict(generate(sizes, seed))

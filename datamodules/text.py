@@ -18,7 +18,7 @@ from calig.datamodules.collate import TextCollator
 from calig.datamodules.examples import TextExample
 from calig.datamodules.samplers import EpochSampler, ExactSampler, ExactShare
 from calig.datamodules.settings import TextDataConfig
-from calig.datamodules.sources import Use, load_corpus
+from calig.datamodules.sources import Use, load_corpus, read_column
 from calig.datamodules.splits import SPLITS
 from calig.datamodules.tokenization import check_length, encode_all, ensure_pad_token, train_wordpiece
 from calig.pipeline.errors import InputError, unknown
@@ -250,6 +250,21 @@ class TextDataModule(LightningDataModule):
         return self._loader(
             subset, batch_size or self._eval_batch_size, ExactShare(subset, rank=rank, processes=world_size)
         )
+
+    def rows_dataloader(self, rows: Sequence[Encoded], batch_size: int) -> DataLoader[Encoded]:
+        """Encoded examples of any origin, in their order."""
+        return self._loader(EncodedDataset(rows), batch_size)
+
+    def column(self, split: str, column: str, named_by: str) -> list[Any]:
+        """The values of any column of the source, one per row of a split that the source has, in its order.
+
+        The source is read once more: rows keep what models need, not every column.
+
+        Raises:
+            InputError: There is no such column; ``named_by`` says which key asks for it.
+        """
+        values = read_column(self.config, self.seed, self._use, split, column, named_by)
+        return [values[row["sample_id"]] for row in self.dataset(split).rows]
 
     def truncation(self) -> dict[str, Truncation]:
         """How many texts of every split ``data.max_length`` cuts, and how much of them."""

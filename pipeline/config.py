@@ -16,8 +16,11 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from calig.pipeline.metrics.names import DEFAULT_METRICS, PerturbationTarget
 
-KNOWN_STAGES = ("fit", "test", "calibrate", "explain", "report")
+KNOWN_STAGES = ("fit", "test", "calibrate", "explain", "concepts", "report")
 """The stages that ``stages`` may name; ``calibrate`` is passed over where no option asks for it."""
+
+ASKED_STAGES = ("concepts",)
+"""Stages that run only where ``stages`` names them."""
 
 CALIBRATED: dict[str, dict[str, tuple[str, ...]]] = {"ca_lig": {"lam": ("auto", "per_layer"), "fusion": ("auto",)}}
 """Method -> option -> the words by which ``explain.options`` leaves its value to the stage ``calibrate``."""
@@ -199,6 +202,24 @@ class CalibrateConfig:
 
 
 @dataclass
+class ConceptsConfig:
+    """What the stage concepts tests: how the output of a class depends on concepts, over many inputs."""
+
+    sets: dict[str, str | dict[str, str]] = _key(
+        {}, "name: FILE of example texts (a line each, or a table), or {column: value} of the data set"
+    )
+    random_sets: int = _key(10, "sets of random examples beside each concept", low=10)
+    set_size: int = _key(50, "examples of a set; all sets have as many, at most what the smallest concept has", low=10)
+    split: Literal["train", "val", "test"] = _key("test", "split whose inputs are analysed")
+    num_samples: int | None = _key(300, "seeded sample of the split (null: all of it)", low=1)
+    target: int | Literal["all"] = _key("all", "class whose inputs are analysed, as they are predicted", low=0)
+    weights: Literal["attention", "rollout", "mean"] = _key(
+        "attention", "how the tokens of an input are weighted; mean is plain TCAV and needs no attention maps"
+    )
+    layers: list[int] | None = _key(None, "layers to test, from 0, the embedding output (null: all)")
+
+
+@dataclass
 class ProbeConfig:
     """The attribution probe that runs during training."""
 
@@ -239,12 +260,13 @@ class Config:
     """The whole configuration of a run."""
 
     seed: int = _key(0, "seed of weights, data order, samples and random attributions", low=0, high=2**32 - 1)
-    stages: list[str] = _key(list(KNOWN_STAGES), "stages in order")
+    stages: list[str] = _key([stage for stage in KNOWN_STAGES if stage not in ASKED_STAGES], "stages in order")
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     explain: ExplainConfig = field(default_factory=ExplainConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    concepts: ConceptsConfig = field(default_factory=ConceptsConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # Lightning's own default is 1000 epochs; 3 and clipping at 1 are what fine-tuning a BERT usually takes.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import Logger
 
+    from calig.datamodules.concept_sets import ConceptSets
     from calig.datamodules.text import TextDataModule
     from calig.pipeline.explainer import Explainer
     from calig.pipeline.module import ClassificationModule
@@ -64,12 +65,36 @@ class RunContext:
             seed=config.seed,
             label_names=names,
             require_labels=self.trains or "test" in config.stages,
-            split="test" if "test" in config.stages else config.explain.split,
+            split=self._split_in_use,
             max_positions=config.model.scratch.max_positions if known is None else longest_input(known),
         )
         data.setup()
         self.console.say(f"data     {data.describe()}")
         return data
+
+    @property
+    def _split_in_use(self) -> str:
+        """Which split the rows of a single file are, where nothing is trained."""
+        config = self.config
+        if "test" in config.stages:
+            return "test"
+        only_concepts = "concepts" in config.stages and "explain" not in config.stages
+        return config.concepts.split if only_concepts else config.explain.split
+
+    @cached_property
+    def concept_sets(self) -> ConceptSets:
+        """What the concepts stage runs: the examples of every concept, and the random sets."""
+        from calig.datamodules.concept_sets import draw_concept_sets
+
+        config = self.config.concepts
+        return draw_concept_sets(
+            self.data,
+            config.sets,
+            random_sets=config.random_sets,
+            set_size=config.set_size,
+            split=config.split,
+            seed=self.config.seed,
+        )
 
     @property
     def trains(self) -> bool:
@@ -186,11 +211,15 @@ class RunContext:
         Raises:
             InputError: Whatever is wrong.
         """
-        if not {"fit", "test", "calibrate", "explain"} & set(stages):
+        if not {"fit", "test", "calibrate", "explain", "concepts"} & set(stages):
             return
         data, module = self.data, self.module
         if "calibrate" in stages:
             self._prepare_calibration()
+        if "concepts" in stages:
+            from calig.pipeline.stages.concepts import check
+
+            check(self)
         if "explain" in stages:
             from calig.pipeline.attribution.rollout import shares
 

@@ -135,6 +135,7 @@ def check_values(config: Config, origins: Origins) -> None:
         _no_repeats("explain.operator", config.explain.operator, origins)
     _check_metrics(config.explain, origins)
     _check_calibration(config, origins)
+    _check_concepts(config, origins)
     _check_data(config, origins)
     scratch = config.model.scratch
     if scratch.width % scratch.heads:
@@ -264,6 +265,25 @@ def _check_calibration(config: Config, origins: Origins) -> None:
             f"{said} is chosen with calibrate.operator={chosen.operator}, the only one that the explanations are "
             "measured with: the choice would be judged by what it was made for. Set calibrate.operator to another, or "
             "add one to explain.operator."
+        )
+
+
+def _check_concepts(config: Config, origins: Origins) -> None:
+    chosen = config.concepts
+    for name, given in chosen.sets.items():
+        if not isinstance(given, str) and len(given) != 1:
+            raise wrong(f"concepts.sets.{name}", given, "a file, or one {column: value}", origins)
+    if chosen.layers is not None:
+        if not chosen.layers:
+            raise wrong("concepts.layers", [], "at least one, or null", origins)
+        _no_repeats("concepts.layers", map(str, chosen.layers), origins)
+    if "concepts" in config.stages and not chosen.sets:
+        raise wrong(
+            "concepts.sets",
+            {},
+            "at least one concept for the stage concepts",
+            origins,
+            "For example concepts.sets={greeting: greetings.txt} or concepts.sets={toxic: {label: toxic}}.",
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from calig.pipeline.compose import CONFIG_FILE, compose, load, options, save, to_yaml
-from calig.pipeline.config import GROUPS, KNOWN_STAGES, Config, ExplainConfig, describe_schema
+from calig.pipeline.config import ASKED_STAGES, GROUPS, KNOWN_STAGES, Config, ExplainConfig, describe_schema
 from calig.pipeline.errors import InputError
 
 NEEDS_PATH = ("data", "files")
@@ -27,6 +27,7 @@ KEYS = {
     "explain.": "methods split num_samples batch_size batches_per_shard steps tolerance max_steps max_tokens_per_pass "
     "target operator metrics limits perturbation_target strict options",
     "calibrate.": "split num_samples objective operator grid",
+    "concepts.": "sets random_sets set_size split num_samples target weights layers",
     "probe.": "enabled method num_samples every_n_epochs steps",
     "checkpoint.": "every_n_minutes every_n_steps",
     "logger.wandb.": "mode project entity tags",
@@ -101,7 +102,7 @@ def test_quickstart_is_the_default_and_has_every_key():
     config = compose([], check=False)
     assert config == compose(["experiment=quickstart"], check=False)
     assert (config.run.name, config.run.dir) == ("quickstart", str(Path("runs", "quickstart")))
-    assert config.stages == list(KNOWN_STAGES)
+    assert config.stages == [stage for stage in KNOWN_STAGES if stage not in ASKED_STAGES]
     assert (config.data.name, config.data.path) == ("controlled", None)
     assert (config.model.name, config.model.scratch.layers, config.model.scratch.width) == (None, 4, 96)
     assert config.model.lr == 1e-3
@@ -272,7 +273,7 @@ ERRORS = {
     "stage": (
         "stages=[fit,tst]",
         "stages: unknown stage 'tst'. Did you mean 'test'?",
-        "fit, test, calibrate, explain, report",
+        "fit, test, calibrate, explain, concepts, report",
     ),
     "stage twice": ("stages=[fit,fit]", "stages: 'fit' is listed 2 times"),
     "method": (

@@ -18,6 +18,7 @@ FLOORS = [
     ({"calig.pipeline.explainer", "calig.pipeline.explanation", "calig.pipeline.loading"}, 1),
     ({"calig.pipeline.calibrating", "calig.pipeline.calibration"}, 1),
     ({"calig.pipeline.manifest"}, 1),
+    ({"calig.pipeline.concept_rows", "calig.pipeline.concept_testing"}, 1),
     ({"calig.callbacks", "calig.datamodules", "calig.pipeline.module", "calig.pipeline.models"}, 2),
     ({"calig.pipeline.adapters", "calig.pipeline.checkpoint", "calig.pipeline.devices"}, 2),
     ({"calig.pipeline.signals"}, 2),

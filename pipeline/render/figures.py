@@ -13,6 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
+from calig.pipeline.concept_rows import ConceptRow
 from calig.pipeline.errors import InputError
 from calig.pipeline.render.color import OPPOSES, SUPPORTS, abs_scale, hex_color
 from calig.pipeline.render.fonts import families_for
@@ -120,6 +121,29 @@ def layer_profile_figure(profile: Sequence[float] | Mapping[str, Sequence[float]
         axes.set_title(title, fontsize=9, loc="left", color=_INK, parse_math=False, fontfamily=families_for([title]))
     _quiet(axes)
     return figure
+
+
+def concept_map(rows: Sequence[ConceptRow]) -> Image.Image:
+    """Image of concepts and classes x layers: the share of supported inputs, starred where it is significant."""
+    lines: dict[str, dict[int, ConceptRow]] = {}
+    for row in rows:
+        lines.setdefault(f"{_short(row.concept)} → {_short(row.target)}", {})[row.layer] = row
+    layers = sorted({row.layer for row in rows})
+    figure = _figure((min(16.0, 0.5 * len(layers) + 3.2), 0.28 * len(lines) + 1.0))
+    axes = figure.add_subplot()
+    # Every line has every layer: the stage tests all layers of a concept and class, or none.
+    shares = [[2 * line[layer].share - 1 for layer in layers] for line in lines.values()]
+    axes.imshow(shares, cmap=SIGNED, vmin=-1, vmax=1, aspect="auto", interpolation="none")
+    for y, line in enumerate(lines.values()):
+        for x, layer in enumerate(layers):
+            text = f"{line[layer].share:.2f}{'*' if line[layer].significant else ''}"
+            axes.text(x, y, text, ha="center", va="center", fontsize=7, color=_INK)
+    names = list(lines)
+    axes.set_yticks(range(len(names)), names, parse_math=False, fontfamily=families_for(names))
+    axes.set_xticks(range(len(layers)), list(map(str, layers)))
+    axes.set_xlabel("layer", fontsize=8, color=_QUIET)
+    _quiet(axes)
+    return figure_image(figure)
 
 
 def figure_image(figure: Figure) -> Image.Image:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from calig.pipeline.render.concepts import concept_panels
 from calig.pipeline.render.curves import curve_panels
 from calig.pipeline.render.labels import metric, number
 from calig.pipeline.render.leaderboard import leaderboards
@@ -92,6 +93,7 @@ def _render(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence
         primary=primary,
         headlines=_headlines(data),
         panels=curve_panels(data.curves),
+        concepts=concept_panels(data.concepts),
         tables=[("", main), ("Other operators and logits", other)],
         shown=len(samples),
         total=len(data.samples),

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from calig.pipeline.concept_rows import ConceptRow
+
 Control = Literal["none", "random", "reversed"]
 
 
@@ -71,3 +73,5 @@ class ReportData:
     """How many samples the run has explained, where ``samples`` are only some of them."""
     failures: Sequence[Mapping[str, Any]] = ()
     """Rows of failures.jsonl: ``sample_id``, ``method``, ``reason``."""
+    concepts: Sequence[ConceptRow] = ()
+    """Rows of concepts.csv."""

@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from calig.pipeline.concept_rows import CONCEPTS_FILE, read_concepts
 from calig.pipeline.directory import RunDirectory
 from calig.pipeline.errors import InputError
 from calig.pipeline.loading import learning_curves, rationale_by_word
@@ -80,6 +81,7 @@ def collect(directory: RunDirectory) -> ReportData:
         label_names=label_names,
         primary_method=config.explain.methods[0],
         failures=directory.failures,
+        concepts=read_concepts(directory / CONCEPTS_FILE),
     )
 
 
