@@ -105,7 +105,11 @@ class _Refinement:
         return (errors.amax(dim=2) * share[:, owner]).amax(dim=0)
 
     def _worst(self) -> list[int]:
-        """The intervals to halve: per example the fewest whose going leaves half of the allowed error to the rest."""
+        """The intervals to halve: per example the fewest that promise to do, worst first.
+
+        The error of an interval is of third order, so its two halves keep about a quarter of it: as many as bring the
+        bound within the tolerance then, or as leave half of it to the others, whichever are fewer.
+        """
         allowed = (self.tolerance * self.scale[0]).tolist()
         bound = self._in_first(self._bound(), torch.arange(len(self.rows))).tolist()
         counts = torch.bincount(self.owner, minlength=len(self.rows)).tolist()
@@ -124,11 +128,11 @@ class _Refinement:
             starts = self.position[self.intervals[mine[example], 0]].tolist()
             place = dict(zip(mine[example], starts, strict=True))
             ranked = sorted(mine[example], key=lambda k: (-round(4 * math.log2(max(errors[k], 1e-30))), place[k]))
-            rest = sum(errors[k] for k in ranked)
+            rest = total = sum(errors[k] for k in ranked)
             for interval in ranked[:room]:
                 chosen.append(interval)
                 rest -= errors[interval]
-                if rest <= limit / 2:
+                if rest <= limit / 2 or rest + (total - rest) / 4 <= limit:
                     break
         return chosen
 
