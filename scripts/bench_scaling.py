@@ -67,7 +67,7 @@ class Shares(LightningModule):
         return None
 
     def predict_dataloader(self) -> DataLoader:
-        share = ExactShare(self.rows, self.trainer.world_size, self.trainer.global_rank)
+        share = ExactShare(self.rows, rank=self.trainer.global_rank, processes=self.trainer.world_size)
         return DataLoader(self.rows, batch_size=self.batch_size, sampler=share, collate_fn=default_collate)
 
 
