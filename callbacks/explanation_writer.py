@@ -88,5 +88,6 @@ def explain_parts(explainer: Explainer, batch: Mapping[str, Any]) -> Explained:
         for half in torch.arange(len(ids)).tensor_split(2):
             rows.extend(explain_parts(explainer, take_rows(batch, half, len(ids))))
         return rows
-    failures = [{"sample_id": int(ids[0]), "method": name, "reason": reason} for name in explainer.settings.methods]
+    wanted = explainer.settings.wanted(explainer.settings.methods, int(ids[0]))
+    failures = [{"sample_id": int(ids[0]), "method": name, "reason": reason} for name in wanted]
     return Explained(failures=failures)

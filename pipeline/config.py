@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from calig.pipeline.metrics.names import DEFAULT_METRICS, PerturbationTarget
 
-KNOWN_STAGES = ("fit", "test", "calibrate", "explain", "concepts", "report")
+KNOWN_STAGES = ("fit", "test", "calibrate", "explain", "benchmark", "concepts", "report")
 """The stages that ``stages`` may name; ``calibrate`` is passed over where no option asks for it."""
 
 ASKED_STAGES = ("concepts",)
@@ -179,7 +179,7 @@ class ExplainConfig:
     )
     limits: dict[str, int | None] = _key(
         {"infidelity": 50, "sensitivity_max": 50, "randomisation": 50},
-        "metric or operator: how many of the samples it is measured on, a seeded choice (null: all)",
+        "metric, operator or method: how many of the samples it is used on, a seeded choice (null: all)",
     )
     perturbation_target: PerturbationTarget = _key(
         "prediction", "class whose accuracy positive_auc and negative_auc follow"

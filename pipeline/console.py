@@ -122,6 +122,7 @@ class Console:
         for name, what in (
             ("report.html", "the page to open in a browser"),
             ("summary.json", "every number"),
+            ("benchmark.csv", "the methods compared, with tests"),
             ("explanations", "parquet, one row per sample and method"),
             ("model", "the best weights, a Hugging Face folder"),
             ("wandb", "the offline run: `wandb sync` uploads it"),

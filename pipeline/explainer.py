@@ -5,9 +5,7 @@ One piece of code for the probe during training, the explain stage and `explain(
 
 from __future__ import annotations
 
-import dataclasses
 import random
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from calig.pipeline.attribution import Attribution, ExplainableModel, UnsupportedModelError, attribute
-from calig.pipeline.attribution.methods import create_method, method_class, method_options
+from calig.pipeline.attribution.methods import create_method, method_class, takes_option
 from calig.pipeline.attribution.objective import resolve_target
+from calig.pipeline.costs import measured
 from calig.pipeline.errors import InputError
 from calig.pipeline.loading import batch_rationale
 from calig.pipeline.metrics import (
@@ -46,11 +45,12 @@ class ExplainSettings:
         target: `predicted`, `label` or a class index.
         operators: Perturbation operators of the faithfulness metrics; none leaves these metrics out.
         metrics: Of `calig.pipeline.metrics.names.METRICS`.
-        only: Metric or operator -> the ids of the samples that it is measured on; all where it has no entry.
+        only: Metric, operator or method -> the ids of the samples that it is used on; all where it has no entry.
         perturbation_target: Whose accuracy `positive_auc` and `negative_auc` follow.
         dataset_length: Mean number of rationale words over the data set, None where there are no rationales.
         plausibility: Compare with rationales where a batch has them.
         strict: Raise at the first failure instead of keeping it as a row.
+        costs: Measure each method's passes and peak of memory beside its seconds; resets torch's memory counter.
         seed: Seed of the random controls, the noise and the fresh weights.
         max_tokens_per_pass: Memory budget of the engine, see `ExplainableModel`; does not change results.
     """
@@ -64,6 +64,7 @@ class ExplainSettings:
     dataset_length: float | None = None
     plausibility: bool = True
     strict: bool = False
+    costs: bool = False
     seed: int = 0
     max_tokens_per_pass: int | Literal["auto"] = "auto"
 
@@ -72,12 +73,12 @@ class ExplainSettings:
             create_method(name, options)
 
     def wanted(self, names: Iterable[str], sample_id: int) -> tuple[str, ...]:
-        """Those of some metrics or operators that are measured on a sample."""
+        """Those of some metrics, operators or methods that are used on a sample."""
         return tuple(name for name in names if name not in self.only or sample_id in self.only[name])
 
 
 def limited(ids: Iterable[int], limits: Mapping[str, int | None], seed: int) -> dict[str, frozenset[int]]:
-    """Choose the samples that each metric or operator with a limit is measured on.
+    """Choose the samples that each metric, operator or method with a limit is used on.
 
     The choice depends on the set of ids and the seed alone: not on batches, processes, or what is done already. A
     smaller limit chooses among the samples of a larger one, so that metrics can be compared sample by sample.
@@ -100,12 +101,12 @@ def limited(ids: Iterable[int], limits: Mapping[str, int | None], seed: int) -> 
 def settings_for(
     methods: Sequence[str], options: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Options per method: the shared ones that a method has (`steps`, `tolerance`, ...), then its own."""
-    chosen = {}
-    for name in methods:
-        known = {item.name for item in dataclasses.fields(method_options(name))}
-        chosen[name] = {key: value for key, value in shared.items() if key in known} | dict(options.get(name, {}))
-    return chosen
+    """Options per method: the shared ones that a method takes (`steps`, `tolerance`, ...), then its own."""
+    return {
+        name: {key: value for key, value in shared.items() if takes_option(name, key, value)}
+        | dict(options.get(name, {}))
+        for name in methods
+    }
 
 
 @dataclass
@@ -187,25 +188,35 @@ class Explainer:
 
     def _explain(self, batch: Mapping[str, Any]) -> Explained:
         ids = [int(i) for i in batch["sample_id"].tolist()]
-        special = batch.get("special_tokens_mask")
+        by_methods: dict[tuple[str, ...], list[int]] = {}
+        for i, sample_id in enumerate(ids):
+            by_methods.setdefault(self.settings.wanted(self.settings.methods, sample_id), []).append(i)
         rows = Explained()
+        if len(by_methods) > 1:
+            for chosen in by_methods.values():
+                rows.extend(self._explain(take_rows(batch, torch.tensor(chosen), len(ids))))
+            return rows
+        wanted = next(iter(by_methods), ())
+        special = batch.get("special_tokens_mask")
         with self.model.session():
             inputs = self.model.prepare(batch, special)
-            logits = self.model.logits(inputs)
+            with measured(self.model, seconds_alone=not self.settings.costs) as one_pass:
+                logits = self.model.logits(inputs)
             broken = ~logits.isfinite().all(dim=1).cpu()
             if broken.any():
                 return self._without(batch, ids, broken)
             target = resolve_target(self.settings.target, logits, batch.get("labels"))
             results: dict[str, Attribution] = {}
-            seconds: dict[str, float] = {}
+            costs: dict[str, dict[str, float]] = {}
             # A method that fails on this batch alone would be averaged over other samples than the rest.
             comparable = True
-            for name, options in self.settings.methods.items():
-                start = time.perf_counter()
+            for name in wanted:
+                options = self.settings.methods[name]
                 try:
-                    result = attribute(
-                        self.model, dict(batch), name, target=target, special_tokens_mask=special, **options
-                    )
+                    with measured(self.model, seconds_alone=not self.settings.costs) as cost:
+                        result = attribute(
+                            self.model, dict(batch), name, target=target, special_tokens_mask=special, **options
+                        )
                 except (UnsupportedModelError, InputError) as error:
                     self._fail(rows, ids, name, str(error))
                     continue
@@ -215,8 +226,20 @@ class Explainer:
                     self._fail(rows, ids, name, f"out of memory: {error}")
                     comparable = False
                     continue
+                except Exception as error:
+                    # Whoever asks for a batch halves it: alone, the sample fails for this method and no other. Where
+                    # all fail there is nothing to find, and the other methods need not run again for every half.
+                    if self.settings.strict or not self._fails_on_each(batch, name, target, error):
+                        raise
+                    self._fail(rows, ids, name, f"{type(error).__name__}: {error}")
+                    continue
                 assert isinstance(result, Attribution)  # one target per example
-                seconds[name] = (time.perf_counter() - start) / len(ids)
+                costs[name] = {"seconds": cost.seconds / len(ids)}
+                if one_pass.work:
+                    # Of the batch without its padding: methods cut it away, and lengths would count twice.
+                    costs[name]["passes"] = cost.work / (one_pass.work * float(inputs.mask.float().mean()))
+                if cost.peak_memory is not None:
+                    costs[name]["peak_memory"] = cost.peak_memory
                 results[name] = result
         bad = {name: result.non_finite() for name, result in results.items()}
         for name, flags in bad.items():
@@ -227,14 +250,35 @@ class Explainer:
             rows.explanations += [self._explanation(facts, result, i) for i in good]
         if comparable:
             with self.model.session():  # in the precision that the explanations are made in
-                self._measure(rows, facts, results, bad, seconds)
+                self._measure(rows, facts, results, bad, costs)
         return rows
+
+    def _fails_on_each(self, batch: Mapping[str, Any], name: str, target: Tensor, error: Exception) -> bool:
+        """Whether a method raises the error of a batch for each of its samples alone too."""
+        size = len(batch["sample_id"])
+        for i in range(size if size > 1 else 0):
+            one = take_rows(batch, torch.tensor([i]), size)
+            try:
+                attribute(
+                    self.model,
+                    one,
+                    name,
+                    target=target[i : i + 1],
+                    special_tokens_mask=one.get("special_tokens_mask"),
+                    **self.settings.methods[name],
+                )
+            except Exception as own:
+                if (type(own), str(own)) == (type(error), str(error)):
+                    continue
+            return False
+        return True
 
     def _without(self, batch: Mapping[str, Any], ids: Sequence[int], broken: Tensor) -> Explained:
         """Explain a batch without the examples that the model returns NaN for; those are failures of every method."""
         rows = Explained()
+        failed = [ids[i] for i in broken.nonzero().flatten().tolist()]
         for name in self.settings.methods:
-            self._fail(rows, [ids[i] for i in broken.nonzero().flatten().tolist()], name, NON_FINITE_OUTPUT)
+            self._fail(rows, [i for i in failed if self.settings.wanted([name], i)], name, NON_FINITE_OUTPUT)
         good = (~broken).nonzero().flatten()
         if len(good):
             rows.extend(self.explain(take_rows(batch, good, len(ids))))
@@ -280,7 +324,7 @@ class Explainer:
         facts: _Facts,
         results: Mapping[str, Attribution],
         bad: Mapping[str, Tensor],
-        seconds: Mapping[str, float],
+        costs: Mapping[str, Mapping[str, float]],
     ) -> None:
         # An example that failed for one method leaves the comparison for all: intervals are over the same samples.
         usable = [i for i in range(len(facts.ids)) if not any(bool(flags[i]) for flags in bad.values())]
@@ -301,7 +345,7 @@ class Explainer:
                 if result.completeness_gap is not None:
                     gap = float(result.completeness_gap[i].max())
                     rows.metrics.append(dict(make_row(*at, "completeness_gap", gap)))
-                rows.metrics.append(dict(make_row(*at, "seconds", seconds[name])))
+                rows.metrics += [dict(make_row(*at, cost, value)) for cost, value in costs[name].items()]
 
     def _compare(self, facts: _Facts, results: Mapping[str, Attribution], usable: list[int]) -> Rows:
         """Faithfulness and plausibility of all methods on the usable examples."""

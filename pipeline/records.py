@@ -162,12 +162,26 @@ def read_numbers(folder: Path) -> Iterator[dict[str, Any]]:
         yield from batch.filter(batch.column("q").is_null()).to_pylist()
 
 
+def read_samples(folder: Path, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each sample together: no other shard has rows of it, so one shard is in memory at a time."""
+    for path in shards(folder):
+        found: dict[int, list[dict[str, Any]]] = {}
+        for batch in _shard_batches(path, columns):
+            for row in batch.to_pylist():
+                found.setdefault(row["sample_id"], []).append(row)
+        yield from found.values()
+
+
 def _batches(folder: Path, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     for path in shards(folder):
-        table_metadata(path)
-        # ParquetFile, because a dataset reader would make columns of `key=value` in the folder's own path.
-        with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(_ROWS, columns=columns)
+        yield from _shard_batches(path, columns)
+
+
+def _shard_batches(path: Path, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+    table_metadata(path)
+    # ParquetFile, because a dataset reader would make columns of `key=value` in the folder's own path.
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(_ROWS, columns=columns)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from calig.pipeline.config import Config, ModelConfig, asked_options, without_as
 from calig.pipeline.console import Console
 from calig.pipeline.directory import RunDirectory, is_main_process, open_directory
 from calig.pipeline.errors import InputError
-from calig.pipeline.loggers import finish_loggers, make_loggers
+from calig.pipeline.loggers import finish_loggers, logged_rows, make_loggers
 from calig.pipeline.signals import REQUEUE, Stopped, StopSignals, requeue
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ class RunContext:
             metrics=config.metrics,
             perturbation_target=config.perturbation_target,
             strict=config.strict,
+            costs=True,
             seed=self.config.seed,
             max_tokens_per_pass=config.max_tokens_per_pass,
         )
@@ -267,9 +268,13 @@ class RunContext:
         """Write scalars of a stage to every logger and to `summary.json`; every process may call it."""
         if not self.is_main:
             return
+        # A stage that only reads files makes no Trainer: it logs behind what is there.
+        made = "trainer" in vars(self)
+        rows = [] if made else logged_rows(self.directory.path)
+        step = self.trainer.global_step if made else max((int(row["step"] or 0) for row in rows), default=0)
         for logger in self.loggers:
             try:
-                logger.log_metrics(dict(values), step=self.trainer.global_step)
+                logger.log_metrics(dict(values), step=step)
                 logger.save()
             except Exception as error:
                 self.console.warn(f"{type(logger).__name__} failed: {type(error).__name__}: {error}")

@@ -133,6 +133,7 @@ def check_values(config: Config, origins: Origins) -> None:
         if not config.explain.operator:
             raise wrong("explain.operator", [], "at least one", origins)
         _no_repeats("explain.operator", config.explain.operator, origins)
+    _check_order(config, origins)
     _check_metrics(config.explain, origins)
     _check_calibration(config, origins)
     _check_concepts(config, origins)
@@ -165,6 +166,8 @@ def check_methods(config: Config, origins: Origins) -> None:
     from calig.pipeline.attribution.methods import available_methods, method_options
 
     known = available_methods()
+    for name in config.explain.limits:
+        _among("explain.limits", "metric, operator or method", name, (*METRICS, *get_args(Operator), *known), origins)
     for method in config.explain.methods:
         _among("explain.methods", "method", method, known, origins)
     if config.probe.enabled:
@@ -206,13 +209,19 @@ def check_trainer(config: Config, origins: Origins | None = None) -> None:
             convert(annotation, value, key, origins)
 
 
+def _check_order(config: Config, origins: Origins) -> None:
+    stages = config.stages
+    if "explain" in stages and "benchmark" in stages and stages.index("benchmark") < stages.index("explain"):
+        place = where("stages", origins)
+        raise InputError(f"stages={show(stages)}{place}: benchmark reads what explain has written and comes after it.")
+
+
 def _check_metrics(explain: ExplainConfig, origins: Origins) -> None:
     hint = "What needs neither perturbed inputs nor repeated explanations is always measured (docs/metrics.md)."
     for metric in explain.metrics:
         _among("explain.metrics", "metric", metric, METRICS, origins, hint)
     _no_repeats("explain.metrics", explain.metrics, origins)
     for name, count in explain.limits.items():
-        _among("explain.limits", "metric or operator", name, (*METRICS, *get_args(Operator)), origins)
         if count is not None and count < 1:
             raise wrong(f"explain.limits.{name}", count, "int >= 1 | null", origins)
 

@@ -273,7 +273,7 @@ ERRORS = {
     "stage": (
         "stages=[fit,tst]",
         "stages: unknown stage 'tst'. Did you mean 'test'?",
-        "fit, test, calibrate, explain, concepts, report",
+        "fit, test, calibrate, explain, benchmark, concepts, report",
     ),
     "stage twice": ("stages=[fit,fit]", "stages: 'fit' is listed 2 times"),
     "method": (

@@ -17,7 +17,7 @@ FLOORS = [
     ({"calig.pipeline.metrics", "calig.pipeline.records", "calig.pipeline.render"}, 1),
     ({"calig.pipeline.explainer", "calig.pipeline.explanation", "calig.pipeline.loading"}, 1),
     ({"calig.pipeline.calibrating", "calig.pipeline.calibration"}, 1),
-    ({"calig.pipeline.manifest"}, 1),
+    ({"calig.pipeline.manifest", "calig.pipeline.benchmarking", "calig.pipeline.costs"}, 1),
     ({"calig.pipeline.concept_rows", "calig.pipeline.concept_testing"}, 1),
     ({"calig.callbacks", "calig.datamodules", "calig.pipeline.module", "calig.pipeline.models"}, 2),
     ({"calig.pipeline.adapters", "calig.pipeline.checkpoint", "calig.pipeline.devices"}, 2),

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from calig.pipeline.metrics.classes import Sufficiency as Sufficiency
     from calig.pipeline.metrics.comparison import Difference as Difference
     from calig.pipeline.metrics.comparison import compare as compare
+    from calig.pipeline.metrics.comparison import differences as differences
     from calig.pipeline.metrics.comparison import holm as holm
     from calig.pipeline.metrics.comparison import paired_permutation_test as paired_permutation_test
+    from calig.pipeline.metrics.comparison import paired_permutation_tests as paired_permutation_tests
     from calig.pipeline.metrics.curves import deletion_auc as deletion_auc
     from calig.pipeline.metrics.curves import insertion_auc as insertion_auc
     from calig.pipeline.metrics.curves import perturbation_auc as perturbation_auc
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from calig.pipeline.metrics.statistics import rank_correlation as rank_correlation
     from calig.pipeline.metrics.statistics import small_sample_warning as small_sample_warning
     from calig.pipeline.metrics.statistics import spearman as spearman
+    from calig.pipeline.metrics.statistics import spearman_matrix as spearman_matrix
     from calig.pipeline.metrics.statistics import summarise as summarise
 
 _NAMES_IN = {
@@ -103,7 +106,14 @@ _NAMES_IN = {
         "SensitivityMax",
         "Sufficiency",
     ),
-    "comparison": ("Difference", "compare", "holm", "paired_permutation_test"),
+    "comparison": (
+        "Difference",
+        "compare",
+        "differences",
+        "holm",
+        "paired_permutation_test",
+        "paired_permutation_tests",
+    ),
     "curves": ("deletion_auc", "insertion_auc", "perturbation_auc"),
     "draws": ("infidelity", "removal_draws"),
     "dynamics": ("drift", "layer_profile", "special_share"),
@@ -138,6 +148,7 @@ _NAMES_IN = {
         "small_sample_warning",
         "rank_correlation",
         "spearman",
+        "spearman_matrix",
         "summarise",
     ),
 }

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from calig.pipeline.errors import InputError, unknown
 from calig.pipeline.metrics.statistics import (
+    Key,
+    Values,
     first_mean,
     percentile_interval,
     resampled_means,
     unique_values,
 )
+
+Statistic = Callable[[Tensor], Tensor]
 
 EXACT_UP_TO = 12  # pairs: 4096 sign patterns cost less than the Monte Carlo draws, and give the exact p
 _CHUNK = 2**22  # signs held at once: 32 MiB
@@ -79,35 +83,79 @@ def paired_permutation_test(
         >>> paired_permutation_test(torch.tensor([0.5, 0.7, 0.9]), torch.tensor([0.1, 0.2, 0.3]))
         0.25
     """
+    return paired_permutation_tests([(a, b, statistic)], seed=seed, permutations=permutations)[0]
+
+
+def paired_permutation_tests(
+    pairs: Sequence[tuple[Tensor, Tensor, Statistic]], *, seed: int = 0, permutations: int = 9999
+) -> list[float]:
+    """Run `paired_permutation_test` for many pairs; those of one number of samples share their draws, most of the time.
+
+    Args:
+        pairs: (a, b, statistic) each, as in `paired_permutation_test`.
+        seed: Of the draws.
+        permutations: How many to draw.
+
+    Returns:
+        One p per pair, the same as of each alone.
+
+    Raises:
+        InputError: As in `paired_permutation_test`.
+    """
+    groups: dict[int, list[tuple[int, _Swaps]]] = {}
+    for place, (a, b, statistic) in enumerate(pairs):
+        _check_pair(a, b, permutations)
+        a, b = (side.detach().cpu().double().reshape(len(a), -1) for side in (a, b))
+        groups.setdefault(len(a), []).append((place, _Swaps.of(a, b, statistic)))
+    found = [0.0] * len(pairs)
+    for n, group in groups.items():
+        exact = n <= EXACT_UP_TO
+        total = 2**n if exact else permutations
+        generator = torch.Generator().manual_seed(seed)
+        halves = torch.cat([swaps.half for _, swaps in group], dim=1)
+        widths = [swaps.half.shape[1] for _, swaps in group]
+        extreme, size = [0] * len(group), max(1, _CHUNK // n)
+        for start in range(0, total, size):
+            number = min(size, total - start)
+            if exact:
+                flips = torch.arange(start, start + number).unsqueeze(1).bitwise_right_shift(torch.arange(n)) & 1
+            else:
+                flips = torch.randint(2, (number, n), generator=generator)
+            moved = ((1 - 2 * flips).double() @ halves).split(widths, dim=1)
+            for i, (_, swaps) in enumerate(group):
+                extreme[i] += int((swaps.gap(moved[i]) >= swaps.least).sum())
+        for count, (place, _) in zip(extreme, group, strict=True):
+            found[place] = count / total if exact else (1 + count) / (1 + total)
+    return found
+
+
+class _Swaps(NamedTuple):
+    """A pair as what swapping moves: the statistic of `centre` plus and minus signs times `half`, (C,) and (N, C)."""
+
+    centre: Tensor
+    half: Tensor
+    statistic: Statistic
+    least: float
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, statistic: Statistic) -> _Swaps:
+        centre, half = (a + b).mean(0) / 2, (a - b) / (2 * len(a))
+        observed = float(cls(centre, half, statistic, 0.0).gap(half.sum(0)))
+        # Equal gaps differ by rounding: in exact arithmetic they are as extreme as the observed one.
+        return cls(centre, half, statistic, observed - 1e-12 * max(float(half.abs().sum()), float(centre.abs().max())))
+
+    def gap(self, moved: Tensor) -> Tensor:
+        return (self.statistic(self.centre + moved) - self.statistic(self.centre - moved)).abs()
+
+
+def _check_pair(a: Tensor, b: Tensor, permutations: int) -> None:
     if a.shape != b.shape or a.dim() not in (1, 2) or not len(a) or permutations < 1:
         raise InputError(
             f"a {tuple(a.shape)} and b {tuple(b.shape)} must hold the same samples, one or more, and permutations "
             f"({permutations}) be 1 or more."
         )
-    a, b = (side.detach().cpu().double().reshape(len(a), -1) for side in (a, b))
     if not bool((a.isfinite() & b.isfinite()).all()):
         raise InputError("a value is not finite. Leave out samples that are undefined for one of the two.")
-    centre, half, n = (a + b).mean(0) / 2, (a - b) / (2 * len(a)), len(a)
-
-    def gap(signs: Tensor) -> Tensor:
-        moved = signs @ half
-        return (statistic(centre + moved) - statistic(centre - moved)).abs()
-
-    exact = n <= EXACT_UP_TO
-    total = 2**n if exact else permutations
-    generator = torch.Generator().manual_seed(seed)
-    observed = gap(torch.ones(1, n, dtype=torch.double))
-    # Equal gaps differ by rounding: in exact arithmetic they are as extreme as the observed one.
-    least = observed - 1e-12 * max(float(half.abs().sum()), float(centre.abs().max()))
-    extreme, size = 0, max(1, _CHUNK // n)
-    for start in range(0, total, size):
-        number = min(size, total - start)
-        if exact:
-            flips = torch.arange(start, start + number).unsqueeze(1).bitwise_right_shift(torch.arange(n)) & 1
-        else:
-            flips = torch.randint(2, (number, n), generator=generator)
-        extreme += int((gap((1 - 2 * flips).double()) >= least).sum())
-    return extreme / total if exact else (1 + extreme) / (1 + total)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -185,26 +233,59 @@ def compare(
         if metric not in of_own:
             raise unknown("metric", metric, of_own)
     others = [*((name, "none") for name in names if name not in (own, "random")), ("random", "random")]
-    differences: list[Difference] = []
-    for metric in of_own if metrics is None else dict.fromkeys(metrics):
-        family: list[Difference] = []
-        ids, values, statistic = found[own, "none", metric]
-        for other, control in others:
-            if (other, control, metric) not in found:
-                continue
-            a, b, unpaired = _paired(ids, values, *found[other, control, metric][:2])
-            if not len(a):
-                continue
-            columns = a.shape[1]
-            means = resampled_means(torch.cat([a, b], dim=1), seed=seed, resamples=resamples)
-            moved = statistic(means[:, :columns]) - statistic(means[:, columns:])
-            low, high = percentile_interval(moved, level)
-            difference = float(statistic(a.mean(0)) - statistic(b.mean(0)))
-            p = paired_permutation_test(a, b, statistic, seed=seed, permutations=permutations)
-            family.append(Difference(metric, own, other, difference, low, high, p, p, len(a), unpaired))
-        adjusted = holm([one.p for one in family])
-        differences += [one._replace(p_adjusted=p) for one, p in zip(family, adjusted, strict=True)]
-    return differences
+    keys = of_own if metrics is None else dict.fromkeys(metrics)
+    pairs = [((own, "none", metric), (*other, metric)) for metric in keys for other in others]
+    every = differences(found, pairs, seed=seed, resamples=resamples, permutations=permutations, level=level)
+    return [one for one in every if one is not None]
+
+
+def differences(
+    found: Mapping[Key, Values],
+    pairs: Iterable[tuple[Key, Key]],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    permutations: int = 9999,
+    level: float = 0.95,
+) -> list[Difference | None]:
+    """Hold pairs of methods against each other, on the samples that both are defined for.
+
+    Args:
+        found: As `unique_values` returns it.
+        pairs: The keys of the method of interest and of the other, for one metric; all pairs of a metric are one
+            family for Holm's adjustment.
+        seed: As in `compare`.
+        resamples: As in `compare`.
+        permutations: As in `compare`.
+        level: As in `compare`.
+
+    Returns:
+        One difference per pair, in their order; None for one that has no sample in common or is not there.
+    """
+    rows: dict[int, Difference] = {}
+    tested: list[tuple[Tensor, Tensor, Statistic]] = []
+    pairs = list(pairs)
+    for place, (own, other) in enumerate(pairs):
+        if own not in found or other not in found:
+            continue
+        ids, values, statistic = found[own]
+        a, b, unpaired = _paired(ids, values, *found[other][:2])
+        if not len(a):
+            continue
+        columns = a.shape[1]
+        means = resampled_means(torch.cat([a, b], dim=1), seed=seed, resamples=resamples)
+        low, high = percentile_interval(statistic(means[:, :columns]) - statistic(means[:, columns:]), level)
+        difference = float(statistic(a.mean(0)) - statistic(b.mean(0)))
+        rows[place] = Difference(own[2], own[0], other[0], difference, low, high, 1.0, 1.0, len(a), unpaired)
+        tested.append((a, b, statistic))
+    p_values = dict(zip(rows, paired_permutation_tests(tested, seed=seed, permutations=permutations), strict=True))
+    families: dict[str, list[int]] = {}
+    for place, row in rows.items():
+        families.setdefault(row.metric, []).append(place)
+    for family in families.values():
+        for place, p in zip(family, holm([p_values[i] for i in family]), strict=True):
+            rows[place] = rows[place]._replace(p=p_values[place], p_adjusted=p)
+    return [rows.get(place) for place in range(len(pairs))]
 
 
 def _paired(ids_a: Tensor, a: Tensor, ids_b: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -159,6 +159,26 @@ def rank_correlation(scores: Tensor, others: Tensor, evaluable: Tensor) -> Tenso
     return torch.tensor([spearman(a[kept], b[kept]) for a, b, kept in rows], dtype=torch.double)
 
 
+def spearman_matrix(values: Tensor) -> Tensor:
+    """Compute Spearman's correlation of every two rows, as `spearman` of each pair.
+
+    Args:
+        values: (M, N) finite values.
+
+    Returns:
+        (M, M) float64; NaN where one of the two rows has equal values only.
+
+    Example:
+        >>> spearman_matrix(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])).round(decimals=6).tolist()
+        [[1.0, -1.0], [-1.0, 1.0]]
+    """
+    ranks = torch.stack([_average_ranks(row) for row in values])
+    ranks = ranks - ranks.mean(1, keepdim=True)
+    norms = ranks.norm(dim=1)
+    product = ranks @ ranks.T / norms.outer(norms)  # 0 / 0 is NaN: no ranking, no correlation
+    return product.clamp(-1, 1)
+
+
 def unique_by_id(ids: Tensor, values: Tensor, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor]:
     """Sort by id and keep the first value of each id.
 

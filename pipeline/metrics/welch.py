@@ -35,7 +35,7 @@ def welch_test(a: Sequence[float], b: Sequence[float]) -> Welch:
     Example:
         >>> found = welch_test([1.0, 2.0, 3.0], [2.0, 4.0, 6.0, 8.0])
         >>> round(found.t, 4), round(found.df, 4), round(found.p, 4)
-        (-2.1213, 4.0755, 0.0998)
+        (-2.1213, 4.0755, 0.0999)
     """
     for values in (a, b):
         if len(values) < 2 or not all(map(math.isfinite, values)):

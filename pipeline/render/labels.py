@@ -25,6 +25,8 @@ KNOWN = {
     "completeness_gap_max": ("worst completeness gap", -1),
     "special_share": ("special-token share", 0),
 }
+SIGNIFICANT = 0.05
+"""Adjusted p-values below it are called a difference."""
 _PERCENT = {"completeness_gap", "completeness_gap_max", "special_share", "accuracy"}
 _OPERATORS = {"mask", "delete", "attention", "blur"}
 _ORDER = list(KNOWN)
@@ -66,6 +68,18 @@ def metric(name: str) -> Metric:
     label, direction = KNOWN.get(base, (base.replace("_", " "), 0))
     variant = " · ".join("logits" if part == "logit" else part for part in suffix.split(".") if part)
     return Metric(name, base, label, variant, direction)
+
+
+def comparable(n: int | None, most: int) -> bool:
+    """Whether a mean over ``n`` samples may be called the best beside means over ``most`` of them."""
+    return n is None or n >= 0.9 * most  # some samples may have failed; a method with a limit has far fewer
+
+
+def p_value(p: float | None) -> str:
+    """A p-value to read: ``p = 0.012``, ``p < 0.001``, nothing where there is none."""
+    if p is None:
+        return ""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def number(value: float | str | None, name: str = "") -> str:

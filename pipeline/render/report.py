@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from calig.pipeline.render.benchmark import benchmark_view
 from calig.pipeline.render.concepts import concept_panels
 from calig.pipeline.render.curves import curve_panels
 from calig.pipeline.render.labels import metric, number
@@ -95,6 +96,7 @@ def _render(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence
         panels=curve_panels(data.curves),
         concepts=concept_panels(data.concepts),
         tables=[("", main), ("Other operators and logits", other)],
+        benchmark=benchmark_view(data.benchmark, primary),
         shown=len(samples),
         total=len(data.samples),
         explained=len(data.samples) if data.explained is None else data.explained,

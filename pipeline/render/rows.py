@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from calig.pipeline.benchmarking import BenchmarkRow
 
 from calig.pipeline.concept_rows import ConceptRow
 
@@ -21,6 +24,12 @@ class MetricRow:
     low: float | None = None
     high: float | None = None
     control: Control = "none"
+    n: int | None = None
+    """Samples of the mean."""
+    p: float | None = None
+    """Of the difference from the primary method, adjusted; None where it was not tested."""
+    beats_random: bool | None = None
+    """Whether it is better than the random ranking by a test; None where it was not tested."""
 
 
 @dataclass(frozen=True)
@@ -73,5 +82,7 @@ class ReportData:
     """How many samples the run has explained, where ``samples`` are only some of them."""
     failures: Sequence[Mapping[str, Any]] = ()
     """Rows of failures.jsonl: ``sample_id``, ``method``, ``reason``."""
+    benchmark: Sequence[BenchmarkRow] = ()
+    """Rows of benchmark.csv."""
     concepts: Sequence[ConceptRow] = ()
     """Rows of concepts.csv."""

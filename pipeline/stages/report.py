@@ -8,7 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from calig.pipeline.benchmarking import BENCHMARK_FILE, read_benchmark
 from calig.pipeline.concept_rows import CONCEPTS_FILE, read_concepts
+from calig.pipeline.costs import COSTS
 from calig.pipeline.directory import RunDirectory
 from calig.pipeline.errors import InputError
 from calig.pipeline.loading import learning_curves, rationale_by_word
@@ -20,7 +22,7 @@ from calig.pipeline.run import RunContext
 
 MAX_SAMPLES = 100
 _CURVES = ("train/loss", "val/loss", "val/accuracy")
-_UNSHOWN = ("auprc_base_rate", "seconds")  # in summary.json; a base rate is the same for every method
+_UNSHOWN = ("auprc_base_rate", *COSTS)  # in summary.json; a base rate is the same for every method
 _PROBE_CURVES = (
     "comprehensiveness",
     "sufficiency",
@@ -60,8 +62,19 @@ def collect(directory: RunDirectory) -> ReportData:
     config = load(directory.path, check=False)
     files = shards(directory / "explanations")
     label_names = table_metadata(files[0]).get("label_names", []) if files else []
+    benchmark = read_benchmark(directory / BENCHMARK_FILE)
+    tests = {(row.method, row.control, row.metric): row for row in benchmark if row.group == "all"}
     metrics = [
-        MetricRow(method, metric, summary.mean, summary.low, summary.high, control)  # type: ignore[arg-type]
+        MetricRow(
+            method,
+            metric,
+            summary.mean,
+            summary.low,
+            summary.high,
+            control,  # type: ignore[arg-type]
+            summary.n,
+            *((test.p_adjusted, test.beats_random) if (test := tests.get((method, control, metric))) else ()),
+        )
         for (method, control, metric), summary in summarise(
             read_numbers(directory / "metrics"), seed=config.seed
         ).items()
@@ -81,6 +94,7 @@ def collect(directory: RunDirectory) -> ReportData:
         label_names=label_names,
         primary_method=config.explain.methods[0],
         failures=directory.failures,
+        benchmark=benchmark,
         concepts=read_concepts(directory / CONCEPTS_FILE),
     )
 

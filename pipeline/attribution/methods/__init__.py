@@ -17,7 +17,7 @@ from typing import Any
 from calig.pipeline.attribution.methods.base import AttributionMethod
 from calig.pipeline.errors import InputError, unknown
 
-__all__ = ["AttributionMethod", "available_methods", "create_method", "method_class", "method_options"]
+__all__ = ["AttributionMethod", "available_methods", "create_method", "method_class", "method_options", "takes_option"]
 
 
 @cache
@@ -51,6 +51,12 @@ def method_class(name: str) -> type[AttributionMethod]:
 def method_options(name: str) -> type:
     """The options dataclass of a method; its fields are what `attribute(method=name, **options)` accepts."""
     return method_class(name).Options
+
+
+def takes_option(name: str, option: str, value: Any) -> bool:
+    """Whether a method has an option and the value is of its type: `steps: auto` is not for every path."""
+    hints = typing.get_type_hints(method_options(name))
+    return option in hints and _fits(value, hints[option])
 
 
 def create_method(name: str, options: Mapping[str, Any] | None = None) -> AttributionMethod:
