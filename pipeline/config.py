@@ -181,6 +181,9 @@ class ExplainConfig:
         {"infidelity": 50, "sensitivity_max": 50, "randomisation": 50},
         "metric, operator or method: how many of the samples it is used on, a seeded choice (null: all)",
     )
+    flows: int | None = _key(
+        0, "samples whose flow from token to token is kept, by methods that know one (lig); a seeded choice", low=0
+    )
     perturbation_target: PerturbationTarget = _key(
         "prediction", "class whose accuracy positive_auc and negative_auc follow"
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from calig.pipeline.attribution import Attribution, ExplainableModel, UnsupportedModelError, attribute
 from calig.pipeline.attribution.methods import create_method, method_class, takes_option
 from calig.pipeline.attribution.objective import resolve_target
+from calig.pipeline.batch_facts import BatchFacts
 from calig.pipeline.costs import measured
 from calig.pipeline.errors import InputError
 from calig.pipeline.loading import batch_rationale
@@ -46,6 +47,7 @@ class ExplainSettings:
         operators: Perturbation operators of the faithfulness metrics; none leaves these metrics out.
         metrics: Of `calig.pipeline.metrics.names.METRICS`.
         only: Metric, operator or method -> the ids of the samples that it is used on; all where it has no entry.
+        flows: Ids of the samples whose flow from token to token is kept, where a method knows one.
         perturbation_target: Whose accuracy `positive_auc` and `negative_auc` follow.
         dataset_length: Mean number of rationale words over the data set, None where there are no rationales.
         plausibility: Compare with rationales where a batch has them.
@@ -60,6 +62,7 @@ class ExplainSettings:
     operators: Sequence[str] = ("mask",)
     metrics: Sequence[str] = DEFAULT_METRICS
     only: Mapping[str, Collection[int]] = field(default_factory=dict)
+    flows: Collection[int] = ()
     perturbation_target: PerturbationTarget = "prediction"
     dataset_length: float | None = None
     plausibility: bool = True
@@ -117,17 +120,20 @@ class Explained:
         explanations: One per sample and method.
         metrics: Long form.
         failures: `{sample_id, method, reason}`.
+        flows: One per sample and method that knows a flow, of what is kept of it.
     """
 
     explanations: Rows = field(default_factory=list)
     metrics: Rows = field(default_factory=list)
     failures: Rows = field(default_factory=list)
+    flows: Rows = field(default_factory=list)
 
     def extend(self, other: Explained) -> None:
         """Add the rows of other samples."""
         self.explanations += other.explanations
         self.metrics += other.metrics
         self.failures += other.failures
+        self.flows += other.flows
 
 
 NON_FINITE_OUTPUT = "the model's output is not finite (NaN or infinity)"
@@ -244,10 +250,11 @@ class Explainer:
         bad = {name: result.non_finite() for name, result in results.items()}
         for name, flags in bad.items():
             self._fail(rows, [ids[i] for i in flags.nonzero().flatten().tolist()], name, "a score is not finite")
-        facts = _Facts(batch, inputs.mask.cpu(), logits.detach().float().cpu(), target.cpu(), ids)
+        facts = BatchFacts(batch, inputs.mask.cpu(), logits.detach().float().cpu(), target.cpu(), ids)
         for name, result in results.items():
             good = (~bad[name]).nonzero().flatten().tolist()
             rows.explanations += [self._explanation(facts, result, i) for i in good]
+            rows.flows += [row for i in good if (row := self._flow(facts, result, i)) is not None]
         if comparable:
             with self.model.session():  # in the precision that the explanations are made in
                 self._measure(rows, facts, results, bad, costs)
@@ -289,7 +296,7 @@ class Explainer:
             raise SampleFailure(f"sample {ids[0]}, method '{method}': {reason} (explain.strict=true ends here)")
         rows.failures += [{"sample_id": i, "method": method, "reason": reason} for i in ids]
 
-    def _explanation(self, facts: _Facts, result: Attribution, i: int) -> dict[str, Any]:
+    def _explanation(self, facts: BatchFacts, result: Attribution, i: int) -> dict[str, Any]:
         real = facts.mask[i]
         gap, bound = result.completeness_gap, result.error_bound
         layers = result.layer_scores
@@ -311,6 +318,22 @@ class Explainer:
             "rationale": facts.token_rationale(i),
         }
 
+    def _flow(self, facts: BatchFacts, result: Attribution, i: int) -> dict[str, Any] | None:
+        """What is kept of the flow of an example, None where there is nothing to keep."""
+        kept = result.flow is not None and facts.ids[i] in self.settings.flows
+        agreement = (result.parts or {}).get("agreement")
+        if result.flow is None or not (kept or agreement is not None):
+            return None
+        real = facts.mask[i]
+        layers = result.options.get("layers") or list(range(result.flow.shape[1]))
+        return {
+            "sample_id": facts.ids[i],
+            "method": result.method,
+            "layers": layers,
+            "flow": result.flow[i][:, real][:, :, real].tolist() if kept else None,
+            "agreement": None if agreement is None else agreement[i].tolist(),
+        }
+
     def token_texts(self, ids: Tensor) -> list[str]:
         """The tokens of (T,) ids as the tokenizer spells them."""
         numbers = ids.tolist()
@@ -321,7 +344,7 @@ class Explainer:
     def _measure(
         self,
         rows: Explained,
-        facts: _Facts,
+        facts: BatchFacts,
         results: Mapping[str, Attribution],
         bad: Mapping[str, Tensor],
         costs: Mapping[str, Mapping[str, float]],
@@ -347,7 +370,7 @@ class Explainer:
                     rows.metrics.append(dict(make_row(*at, "completeness_gap", gap)))
                 rows.metrics += [dict(make_row(*at, cost, value)) for cost, value in costs[name].items()]
 
-    def _compare(self, facts: _Facts, results: Mapping[str, Attribution], usable: list[int]) -> Rows:
+    def _compare(self, facts: BatchFacts, results: Mapping[str, Attribution], usable: list[int]) -> Rows:
         """Faithfulness and plausibility of all methods on the usable examples."""
         rows: list[Any] = []
         first = next(iter(results.values()))
@@ -394,7 +417,9 @@ class Explainer:
             )
         return rows
 
-    def _groups(self, facts: _Facts, usable: Sequence[int]) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]]:
+    def _groups(
+        self, facts: BatchFacts, usable: Sequence[int]
+    ) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]]:
         """(metrics, operators) of perturbed inputs -> the examples that they are measured on."""
         settings = self.settings
         perturbing = [name for name in settings.metrics if name in FAITHFULNESS_METRICS]
@@ -407,7 +432,7 @@ class Explainer:
         return groups
 
     def _explain_again(
-        self, rows: Explained, facts: _Facts, results: Mapping[str, Attribution], usable: Sequence[int]
+        self, rows: Explained, facts: BatchFacts, results: Mapping[str, Attribution], usable: Sequence[int]
     ) -> None:
         """Metrics that explain each sample again: under noise, and with fresh weights."""
         scores = {name: result.scores for name, result in results.items() if name != "random"}
@@ -457,36 +482,3 @@ def perturbation_tokens(model: nn.Module, tokenizer: Any) -> PerturbationTokens:
     pad = getattr(config, "pad_token_id", None)
     empty = next((token for token in first if token is not None), None)
     return PerturbationTokens(pad_id=0 if pad is None else pad, empty_id=empty)
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What is known of a batch beside its attributions."""
-
-    batch: Mapping[str, Any]
-    mask: Tensor
-    logits: Tensor
-    target: Tensor
-    ids: list[int]
-
-    def label(self, i: int) -> int | None:
-        labels = self.batch.get("labels")
-        # A regression's label is no class.
-        return None if labels is None or labels.is_floating_point() else int(labels[i])
-
-    def word_ids(self, i: int, special: Tensor, *, padded: bool = False) -> list[int | None]:
-        """Word numbers of the real tokens (of all positions if `padded`), None on special tokens."""
-        if "word_ids" in self.batch:
-            words = [None if word < 0 else int(word) for word in self.batch["word_ids"][i].tolist()]
-        else:
-            # Without word numbers every token is its own word.
-            words = [None if bool(flag) else position for position, flag in enumerate(special)]
-        return [
-            word if bool(real) else None for word, real in zip(words, self.mask[i], strict=True) if padded or bool(real)
-        ]
-
-    def token_rationale(self, i: int) -> list[int] | None:
-        if "rationale" not in self.batch:
-            return None
-        marks = self.batch["rationale"][i].cpu()[self.mask[i]].tolist()
-        return [max(0, mark) for mark in marks] if any(mark >= 0 for mark in marks) else None

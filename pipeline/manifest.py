@@ -1,8 +1,8 @@
 """Which samples of a run are explained: a manifest per shard, and what a broken-off session left behind.
 
-A shard is up to two parquet files of one name, in `explanations/` and `metrics/`, and its manifest in `manifest/`. The
-manifest is written last and makes the shard count: it names the samples, what failed, and the size and checksum of the
-files. So a job that was killed leaves whole shards and pieces that can be told from them.
+A shard is up to three parquet files of one name, in `explanations/`, `metrics/` and `flow/`, and its manifest in
+`manifest/`. The manifest is written last and makes the shard count: it names the samples, what failed, and the size and
+checksum of the files. So a job that was killed leaves whole shards and pieces that can be told from them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from calig.pipeline.errors import InputError
 from calig.pipeline.explainer import Explained
-from calig.pipeline.records import EXPLANATION_SCHEMA, METRIC_SCHEMA, Digest, write_json, write_table
+from calig.pipeline.records import EXPLANATION_SCHEMA, FLOW_SCHEMA, METRIC_SCHEMA, Digest, write_json, write_table
 
-_FOLDERS = ("explanations", "metrics")
-_SETTINGS = ("methods", "split", "target", "operator", "metrics", "limits", "perturbation_target")
+_FOLDERS = ("explanations", "metrics", "flow")
+_SETTINGS = ("methods", "split", "target", "operator", "metrics", "limits", "flows", "perturbation_target")
 
 
 @dataclass
@@ -51,6 +51,7 @@ def write_shard(run: Path, name: str, rows: Explained, metadata: Mapping[str, An
     files: dict[str, Digest] = {}
     for folder, table, schema, extra in (
         ("metrics", rows.metrics, METRIC_SCHEMA, None),
+        ("flow", rows.flows, FLOW_SCHEMA, None),
         ("explanations", rows.explanations, EXPLANATION_SCHEMA, metadata),
     ):
         if table:

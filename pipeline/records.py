@@ -53,6 +53,19 @@ METRIC_SCHEMA = pa.schema(
 )
 """Long form; `control` is none, random or reversed, `q` the bin or null for a number without bins or their mean."""
 
+FLOW_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.int64()),
+        ("method", pa.string()),
+        ("layers", pa.list_(pa.int32())),
+        ("flow", pa.list_(pa.list_(pa.list_(pa.float32())))),
+        ("agreement", pa.list_(pa.list_(pa.list_(pa.float32())))),
+    ]
+)
+"""One row per sample and method that knows a flow from token to token: `layers` counts the blocks from 0, `flow` is by
+block, source and target over the real tokens, or null where it is not kept; `agreement`, or null, is by block,
+configuration and measure (`calig.pipeline.attribution.agreement`)."""
+
 
 class Digest(NamedTuple):
     """What a file must look like to be whole."""

@@ -25,7 +25,7 @@ KEYS = {
     "data.columns.": "text text_pair label rationale",
     "data.size.": "train val test",
     "explain.": "methods split num_samples batch_size batches_per_shard steps tolerance max_steps max_tokens_per_pass "
-    "target operator metrics limits perturbation_target strict options",
+    "target operator metrics limits flows perturbation_target strict options",
     "calibrate.": "split num_samples objective operator grid",
     "concepts.": "sets random_sets set_size split num_samples target weights layers",
     "probe.": "enabled method num_samples every_n_epochs steps",

@@ -211,13 +211,15 @@ def head_mlp_flow(block: Block, baseline: MLPBaseline, nodes: int, max_tokens: i
 
 
 def slice_mlp_flow(block: Block, baseline: MLPBaseline, nodes: int, max_tokens: int) -> Flow:
-    """MLP by dimensions, u -> z': (T, D), as the reference implementation cuts it."""
-    block.check_middle()
+    """MLP by dimensions, u -> z': (T, D), as the reference implementation cuts it.
+
+    Raises:
+        UnsupportedModelError: The block has no MLP part of its own behind attention.
+    """
     with torch.no_grad():
-        end = block.middle(block.contexts[None])[0]
-        own = block.middle(_context_start(block, "att_itb_a0")[None])[0]
-        start = torch.zeros_like(end) if baseline == "zero" else own
-    return _line(block.rest_from_middle, start, end, nodes, max_tokens)
+        end, own = block.middle(torch.stack([block.contexts, _context_start(block, "att_itb_a0")]))
+    start = torch.zeros_like(end) if baseline == "zero" else own
+    return _line(block.rest_from_middle, start, end, nodes, max_tokens, check=block.check_middle)
 
 
 def _context_start(block: Block, baseline: MLPBaseline) -> Tensor:
@@ -226,10 +228,28 @@ def _context_start(block: Block, baseline: MLPBaseline) -> Tensor:
     return torch.zeros_like(values) if baseline == "zero" else values
 
 
-def _line(run: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, nodes: int, max_tokens: int) -> Flow:
-    """Integrated gradients of `||run(x) - run(start)||` on the straight line, row by row: the shape of `start`."""
+def _line(
+    run: Callable[[Tensor], Tensor],
+    start: Tensor,
+    end: Tensor,
+    nodes: int,
+    max_tokens: int,
+    check: Callable[[Tensor], None] | None = None,
+) -> Flow:
+    """Integrated gradients of `||run(x) - run(start)||` on the straight line, row by row: the shape of `start`.
+
+    Args:
+        run: The map, of (R, T, ...).
+        start: (T, ...) where the line starts.
+        end: Where it ends.
+        nodes: Gauss-Legendre nodes.
+        max_tokens: Rows of one internal pass.
+        check: Called with what `run` gives at the end, before the nodes.
+    """
     with torch.no_grad():
         first, last = run(torch.stack([start, end]))
+    if check is not None:
+        check(last)
     mean = torch.zeros_like(start)
     for part in _parts(nodes, len(start), max_tokens):
         points = torch.stack([start + position * (end - start) for position, _ in part]).requires_grad_()

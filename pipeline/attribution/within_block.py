@@ -151,7 +151,8 @@ class Block:
 
     def rest_from_middle(self, middle: Tensor) -> Tensor:
         """Run the MLP part alone: (R, T, D) from u (R, T, D), what enters it (`middle` holds the block's own)."""
-        contexts = torch.zeros(*middle.shape[:2], *self.contexts.shape[1:], dtype=middle.dtype, device=middle.device)
+        _, heads, _, width = self.projections.value.shape
+        contexts = middle.new_zeros(*middle.shape[:2], heads, width)
         if self.norm is None:  # post-norm: u is what the norm behind attention returns
             assert self._norm_after is not None
             with ExitStack() as stack:
@@ -173,15 +174,21 @@ class Block:
 
         def watch(given: Tensor, returned: Tensor) -> None:
             seen.append(returned if self.norm is None else given)
+            raise _Captured
 
-        self.rest(self.states.expand(len(contexts), -1, -1), contexts, watch=watch)
+        with suppress(_Captured):
+            self.rest(self.states.expand(len(contexts), -1, -1), contexts, watch=watch)
         if not seen or seen[0].shape != (len(contexts), *self.states.shape):
             raise self._no_middle()
         return seen[0]
 
-    def check_middle(self) -> None:
-        """Raise UnsupportedModelError unless the block is attention, then an MLP part that sees u alone."""
-        if not self._agree(self.rest_from_middle(self.middle(self.contexts[None]))[0], self.output):
+    def check_middle(self, output: Tensor) -> None:
+        """Raise UnsupportedModelError unless the MLP part alone has made of u (T, D) what the block does.
+
+        Args:
+            output: (T, D) what `rest_from_middle` gave for the block's own u.
+        """
+        if not self._agree(output, self.output):
             raise self._no_middle()
 
     def _no_middle(self) -> UnsupportedModelError:

@@ -60,17 +60,23 @@ class BlockFlows:
     refused: int
 
 
+def is_ill_posed(block: Block, baseline: Baseline, mlp_baseline: MLPBaseline, composition: Composition) -> bool:
+    """Whether a path starts where a norm in front of the block makes everything happen at once (LIG.md 3)."""
+    if block.norm is None:
+        return False
+    return baseline in ("zero", "itb_zero_ratio") or (composition == "slices" and mlp_baseline == "zero")
+
+
 def check_baseline(block: Block, baseline: Baseline, mlp_baseline: MLPBaseline, composition: Composition) -> None:
     """Raise UnsupportedModelError for what is ill-posed in a block with its norm in front (LIG.md 3)."""
-    if block.norm is None:
+    if not is_ill_posed(block, baseline, mlp_baseline, composition):
         return
-    ill = baseline in ("zero", "itb_zero_ratio"), composition == "slices" and mlp_baseline == "zero"
-    if any(ill):
-        named = f"baseline='{baseline}'" if ill[0] else "composition='slices' with mlp_baseline='zero'"
-        raise UnsupportedModelError(
-            f"{named} is ill-posed for '{block.family}': its blocks normalise their input, so on the way from 0 "
-            "everything happens at the start. Take baseline='itb' (and mlp_baseline='att_itb_a0')."
-        )
+    from_zero = baseline in ("zero", "itb_zero_ratio")
+    named = f"baseline='{baseline}'" if from_zero else "composition='slices' with mlp_baseline='zero'"
+    raise UnsupportedModelError(
+        f"{named} is ill-posed for '{block.family}': its blocks normalise their input, so on the way from 0 "
+        "everything happens at the start. Take baseline='itb' (and mlp_baseline='att_itb_a0')."
+    )
 
 
 def block_flows(

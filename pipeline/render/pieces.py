@@ -33,6 +33,11 @@ class Word:
     word_id: int | None = None
 
 
+def is_special(token: str) -> bool:
+    """Whether a token has the form of a special one, such as ``[CLS]`` or ``</s>``."""
+    return bool(_SPECIAL.match(token))
+
+
 def merge_pieces(
     tokens: Sequence[str], scores: Sequence[float] | None = None, word_ids: Sequence[int | None] | None = None
 ) -> list[Word]:
@@ -71,7 +76,7 @@ def merge_pieces(
     for group in groups:
         word_id = None if word_ids is None else word_ids[group[0]]
         pieces = [tokens[i] for i in group]
-        special = word_id is None if word_ids is not None else bool(_SPECIAL.match(pieces[0]))
+        special = word_id is None if word_ids is not None else is_special(pieces[0])
         text = pieces[0] if special else join_pieces(pieces, byte_level=byte_level)
         space = _space_before(words[-1], pieces[0], text, special, marked) if words else False
         words.append(Word(text, sum(scores[i] for i in group), tuple(group), special, space, word_id))

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from calig.pipeline.render.benchmark import benchmark_view
 from calig.pipeline.render.concepts import concept_panels
 from calig.pipeline.render.curves import curve_panels
+from calig.pipeline.render.flow import GEOMETRY, STRONGEST, agreement_table, flow_pictures
 from calig.pipeline.render.labels import metric, number
 from calig.pipeline.render.leaderboard import leaderboards
 from calig.pipeline.render.packing import check_lengths, method_names, page_data, script_json
@@ -28,7 +29,7 @@ STATIC_SAMPLES = 12
 """Samples that stand in the page itself, for paper and for readers without JavaScript."""
 
 _FOLDER = Path(__file__).parent
-_SCRIPTS = ("report_data.js", "report_map.js", "report_viewer.js", "report.js")
+_SCRIPTS = ("report_data.js", "report_map.js", "report_viewer.js", "report.js", "report_flow.js")
 _HEADLINES = ("comprehensiveness", "sufficiency", "token_f1", "auprc", "completeness_gap")
 _log = logging.getLogger(__name__)
 
@@ -89,12 +90,18 @@ def render_report(data: ReportData, *, max_bytes: int = MAX_BYTES) -> str:
 def _render(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence[str]) -> str:
     main, other = leaderboards(data.metrics, data.primary_method)
     primary = data.primary_method or next(iter(method_names(data)), "")
+    flows = flow_pictures(data.flows)
     return _template().render(
         data=data,
         primary=primary,
         headlines=_headlines(data),
         panels=curve_panels(data.curves),
         concepts=concept_panels(data.concepts),
+        flows=flows,
+        flow_payload=script_json(
+            {"geometry": GEOMETRY, "strongest": STRONGEST, "samples": [picture.data for picture in flows]}
+        ),
+        agreement=agreement_table(data.agreement),
         tables=[("", main), ("Other operators and logits", other)],
         benchmark=benchmark_view(data.benchmark, primary),
         shown=len(samples),

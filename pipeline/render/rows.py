@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from calig.pipeline.benchmarking import BenchmarkRow
 
 from calig.pipeline.concept_rows import ConceptRow
+from calig.pipeline.flow_rows import AgreementRow
 
 Control = Literal["none", "random", "reversed"]
 
@@ -64,6 +65,18 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class FlowSample:
+    """The flow of one input, which is the same for every class."""
+
+    sample_id: int
+    tokens: Sequence[str]
+    layers: Sequence[int]
+    """Blocks, counted from 0."""
+    flow: Sequence[Sequence[Sequence[float]]]
+    """By block, source and target."""
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything on the page."""
 
@@ -86,3 +99,7 @@ class ReportData:
     """Rows of benchmark.csv."""
     concepts: Sequence[ConceptRow] = ()
     """Rows of concepts.csv."""
+    flows: Sequence[FlowSample] = ()
+    """Samples whose flow from token to token was kept."""
+    agreement: Sequence[AgreementRow] = ()
+    """Rows of flow_agreement.csv."""

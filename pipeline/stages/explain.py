@@ -10,6 +10,7 @@ from typing import Any
 
 from calig.pipeline import manifest
 from calig.pipeline.explainer import limited, scalar_key
+from calig.pipeline.flow_summary import summarise_flows
 from calig.pipeline.metrics import Summary, is_flagged, small_sample_warning, summarise
 from calig.pipeline.metrics.randomisation import KEPT_TOO_MUCH
 from calig.pipeline.records import read_numbers, read_rows, shards
@@ -29,9 +30,11 @@ def run_stage(context: RunContext) -> None:
     data, module, explainer = context.data, context.module, context.explainer
     # Of all samples, those that are done already too: a continued run measures what it would have measured at once.
     every: Any = data.explain_dataloader(config.split, config.num_samples, seed=context.config.seed).dataset
-    only = limited((row["sample_id"] for row in every), config.limits, context.config.seed)
+    ids = [row["sample_id"] for row in every]
+    only = limited(ids, config.limits, context.config.seed)
+    flows = limited(ids, {"flow": config.flows}, context.config.seed).get("flow", ids)
     length = rationale_length(data.dataset(config.split).rows)
-    explainer.settings = dataclasses.replace(explainer.settings, only=only, dataset_length=length)
+    explainer.settings = dataclasses.replace(explainer.settings, only=only, flows=flows, dataset_length=length)
     metadata = {
         "label_names": data.label_names,
         "methods": dict(explainer.settings.methods),
@@ -40,6 +43,7 @@ def run_stage(context: RunContext) -> None:
         "operator": config.operator,
         "metrics": list(config.metrics),
         "limits": dict(config.limits),
+        "flows": config.flows,
         "perturbation_target": config.perturbation_target,
     }
     writer = ExplanationWriter(explainer, directory.path, metadata, batches_per_shard=config.batches_per_shard)
@@ -82,6 +86,7 @@ def run_stage(context: RunContext) -> None:
             worst[key] = max(worst.get(key, 0.0), row["completeness_gap"])
     context.log(scalars(summaries, config.methods, failures) | worst)
     show(context, summaries, config.methods)
+    summarise_flows(context)
 
 
 def rationale_length(rows: Iterable[Mapping[str, Any]]) -> float | None:
@@ -141,11 +146,12 @@ def show(context: RunContext, summaries: Mapping[tuple[str, str, str], Summary],
         label = "random (control)" if control == "random" else method
         rows.append([label, *(_cell(summaries.get((method, control, metric))) for metric in metrics)])
     count = max((summary.n for summary in summaries.values()), default=0)
-    context.console.table(
-        f"explain  {count} samples of the {context.config.explain.split} split · mean and 95 % interval",
-        ["method", *(f"{SHOWN[metric]} {'↓' if lower_is_better(metric) else '↑'}" for metric in metrics)],
-        rows,
-    )
+    title = f"explain  {count} samples of the {context.config.explain.split} split"
+    if metrics:
+        arrows = [f"{SHOWN[metric]} {'↓' if lower_is_better(metric) else '↑'}" for metric in metrics]
+        context.console.table(f"{title} · mean and 95 % interval", ["method", *arrows], rows)
+    else:
+        context.console.say(title)
     gaps = [
         f"{name} {summary.mean:.1%}"
         for name in names

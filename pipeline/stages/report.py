@@ -13,11 +13,12 @@ from calig.pipeline.concept_rows import CONCEPTS_FILE, read_concepts
 from calig.pipeline.costs import COSTS
 from calig.pipeline.directory import RunDirectory
 from calig.pipeline.errors import InputError
+from calig.pipeline.flow_rows import AGREEMENT_FILE, read_agreement
 from calig.pipeline.loading import learning_curves, rationale_by_word
 from calig.pipeline.metrics import metric_key, summarise
 from calig.pipeline.records import atomic_write, read_numbers, read_rows, shards, table_metadata
 from calig.pipeline.render.report import render_report
-from calig.pipeline.render.rows import MetricRow, ReportData, Sample, SampleExplanation
+from calig.pipeline.render.rows import FlowSample, MetricRow, ReportData, Sample, SampleExplanation
 from calig.pipeline.run import RunContext
 
 MAX_SAMPLES = 100
@@ -96,6 +97,8 @@ def collect(directory: RunDirectory) -> ReportData:
         failures=directory.failures,
         benchmark=benchmark,
         concepts=read_concepts(directory / CONCEPTS_FILE),
+        flows=_flows(directory),
+        agreement=read_agreement(directory / AGREEMENT_FILE),
     )
 
 
@@ -116,6 +119,20 @@ def _curve(key: str) -> str | None:
 def _versions(directory: RunDirectory) -> dict[str, Any]:
     file = directory / "versions.json"
     return json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
+
+
+def _flows(directory: RunDirectory) -> list[FlowSample]:
+    """The flows that were kept; of several methods that know one, those of the first met for each sample."""
+    kept: dict[int, dict[str, Any]] = {}
+    for row in read_rows(directory / "flow", columns=["sample_id", "layers", "flow"]):
+        if row["flow"] is not None and len(kept) < MAX_SAMPLES:
+            kept.setdefault(row["sample_id"], row)
+    tokens: dict[int, list[str]] = {}
+    if kept:
+        for row in read_rows(directory / "explanations", columns=["sample_id", "tokens"]):
+            if row["sample_id"] in kept:
+                tokens[row["sample_id"]] = row["tokens"]
+    return [FlowSample(number, tokens[number], row["layers"], row["flow"]) for number, row in sorted(kept.items())]
 
 
 def _samples(directory: RunDirectory, methods: list[str]) -> list[Sample]:

@@ -32,6 +32,8 @@ class LIGOptions:
     """How attention and MLP flows meet: head by head in proportions, or the reference's raw product of slices."""
     flow: Literal["layer", "composed"] = "layer"
     """What fills `flow`, and so decides the scores: the whole layer at once, or the composition."""
+    agreement: bool = False
+    """Also measure how well compositions agree with the whole block, for every baseline: several times the cost."""
     layers: list[int] | None = None
     """Blocks to look into, counted from 0; null takes all."""
     steps: int | Literal["auto"] = 32
@@ -62,7 +64,8 @@ class LIG(AttributionMethod):
     `parts`: `att` (B, L, H, T, T), `mlp` (B, L, T, H), or (B, L, T, D) for `slices`, `layer` and `composed`
     (B, L, T, T), the totals that their columns sum to, `att_total` (B, L, H, T), `mlp_total` and `layer_total`
     (B, L, T), and `refused` (B, L), columns without a usable self share. `completeness_gap` is (B, L): the largest
-    relative error of a column's sum in a block. With `layers`, L counts those.
+    relative error of a column's sum in a block. With `layers`, L counts those. `agreement=True` adds `agreement`
+    (B, L, C, 4): for the `CONFIGURATIONS` of `calig.pipeline.attribution.agreement` its `MEASURES`, means over targets.
     """
 
     name = "lig"
@@ -107,7 +110,8 @@ class LIG(AttributionMethod):
         own |= options.baseline == "itb_map_ratio" and options.flow == "composed"
         layers = flow_scores(flow, ends.readout, inputs.mask, has_self_share=own)
         gap = torch.stack([example[0]["gap"] for example in examples])
-        parts["refused"] = torch.stack([example[0]["refused"] for example in examples])
+        for name in ("refused", "agreement") if options.agreement else ("refused",):
+            parts[name] = torch.stack([example[0][name] for example in examples])
         return Attribution(
             scores=torch.where(inputs.mask, layers[:, -1], 0.0),
             layer_scores=torch.where(inputs.mask[:, None], layers, 0.0),
@@ -128,6 +132,7 @@ class LIG(AttributionMethod):
         """The parts of one example, each with L first and without padding, and the nodes that were used."""
         import torch
 
+        from calig.pipeline.attribution.agreement import block_agreement
         from calig.pipeline.attribution.within_block import take_apart
         from calig.pipeline.attribution.within_layer import block_flows
 
@@ -158,6 +163,9 @@ class LIG(AttributionMethod):
         parts = {name: torch.stack([getattr(flow, name) for flow in flows]).detach() for name in self.parts_axes}
         parts["gap"] = torch.tensor([flow.gap for flow in flows])
         parts["refused"] = torch.tensor([flow.refused for flow in flows])
+        if options.agreement:
+            measured = [block_agreement(block, nodes, options.composition, model.max_tokens) for block in blocks]
+            parts["agreement"] = torch.stack(measured)
         return parts, nodes
 
 
