@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from calig.callbacks.collectives import gather
 from calig.callbacks.development import Development, layer_shares, probe_scalars
 from calig.callbacks.media import MediaLog, probe_media
-from calig.callbacks.probe import Probe, explain_each, gather, numbered
+from calig.callbacks.probe import Probe, explain_each, numbered
 from calig.callbacks.sharded import is_sharded, whole_copy
 from calig.callbacks.target import candidates, check_strategy, find_model, first_loader, half_precision
 from calig.pipeline.attribution import UnsupportedModelError

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from calig.callbacks.probe import gather
+from calig.callbacks.collectives import gather
 from calig.pipeline.checkpoint import LAST, PREVIOUS
 from calig.pipeline.signals import Stopped, StopSignals
 
@@ -71,8 +71,13 @@ class ExactResume(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the random states back: whatever was drawn while the training was set up is undone."""
-        self.signals.install()
-        self.signals.deferred = True
+        if not _has_places(trainer):
+            rank_zero_warn(
+                f"every {trainer.accumulate_grad_batches} batches, where an optimiser step ends, a validation follows "
+                f"(it does every {trainer.val_check_batch:g}), so a training that is stopped within an epoch goes on "
+                "from the epoch's beginning. Set trainer.val_check_interval to more batches than "
+                "trainer.accumulate_grad_batches, or to no divisor of them."
+            )
         self._saved_at, self._late, self._ending = time.monotonic(), False, 0
         restored, self._restored = self._restored, {}
         if states := restored.get("random"):
@@ -109,9 +114,13 @@ class ExactResume(Checkpoint):
         if asked > SAVE:
             self._ending = asked
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """From here on a signal ends the run at once."""
-        self.signals.deferred = False
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for a signal that came behind the last step; save where the end of the epoch was not."""
+        asked = self._agree(trainer)
+        if asked > SAVE:
+            if self._late:
+                self._save(trainer)
+            self._ending = asked
 
     def end_if_asked(self) -> None:
         """End the run if a checkpoint was written because a signal asked for the end.
@@ -206,6 +215,14 @@ def _only_a_batch_follows(trainer: Trainer, batch_idx: int) -> bool:
         return True
     counted = done if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx + 1
     return bool(counted % between)
+
+
+def _has_places(trainer: Trainer) -> bool:
+    """Whether `_only_a_batch_follows` can hold anywhere: behind every step there may be a validation."""
+    between = trainer.val_check_batch
+    if between is None or between == float("inf") or not trainer.enable_validation:
+        return True
+    return between >= trainer.num_training_batches or bool(trainer.accumulate_grad_batches % between)
 
 
 def _keep(path: Path, name: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from calig.pipeline.explainer import Explained, Explainer
 from calig.pipeline.manifest import next_number, write_shard
 from calig.pipeline.metrics.sensitivity import take_rows
+from calig.pipeline.signals import Stopped
 
 
 class ExplanationWriter(BasePredictionWriter):
@@ -59,6 +61,12 @@ class ExplanationWriter(BasePredictionWriter):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is left."""
         self._flush(trainer.global_rank)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what is there when a signal ends the stage, which it does between two batches."""
+        if isinstance(exception, Stopped):
+            with contextlib.suppress(OSError):  # no room: these samples are explained again
+                self._flush(trainer.global_rank)
 
     def _flush(self, rank: int) -> None:
         rows, self._rows, self._waiting = self._rows, Explained(), 0

@@ -178,15 +178,6 @@ def numbered(explanations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(named, key=lambda row: row["sample_id"])
 
 
-def gather(values: Sequence[Any]) -> list[Any]:
-    """The lists of all processes, joined in rank order, on every process; every process must call it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return list(values)
-    parts: list[list[Any]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(parts, list(values))
-    return [value for part in parts for value in part]
-
-
 def _asks_for_lists(loader: DataLoader[Any]) -> bool:
     """Whether the loader asks its dataset for a list of indices at once (`sampler=BatchSampler, batch_size=None`)."""
     return loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler)

@@ -55,6 +55,12 @@ def whole_copy(model: Any) -> nn.Module:
             _place(made, name, nn.Parameter(whole.detach().clone(), requires_grad=parameter.requires_grad))
         for name, buffer in model.named_buffers():
             _place(made, name, buffer.full_tensor() if isinstance(buffer, DTensor) else buffer)
+    tensors = [*made.named_parameters(), *made.named_buffers()]
+    if left := sorted(name for name, tensor in tensors if tensor.is_meta):
+        raise InputError(
+            f"the parameters are sharded, and {plain[0].__name__} has buffers that this model does not (first: "
+            f"{left[0]}), so it cannot be put together again. {way_out}"
+        )
     return made.eval()
 
 

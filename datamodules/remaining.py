@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from calig.callbacks.collectives import from_first
 from calig.datamodules.text import Encoded
+from calig.pipeline.signals import StopSignals
 
 
 class RemainingSamples(LightningDataModule):
@@ -19,12 +21,20 @@ class RemainingSamples(LightningDataModule):
     Args:
         look_up: Gives the ids of the samples that are done; called on the first process alone.
         loader: Makes the loader of a share, of (done, rank, world size).
+        signals: Taken from Lightning before the look-up, which reads every shard and the others wait for.
+
+    Raises:
+        InputError: The look-up raised one; on all processes.
     """
 
     def __init__(
-        self, look_up: Callable[[], Collection[int]], loader: Callable[[Collection[int], int, int], DataLoader[Encoded]]
+        self,
+        look_up: Callable[[], Collection[int]],
+        loader: Callable[[Collection[int], int, int], DataLoader[Encoded]],
+        signals: StopSignals,
     ) -> None:
         super().__init__()
+        self._signals = signals
         self._look_up = look_up
         self._loader = loader
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -32,6 +42,6 @@ class RemainingSamples(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Encoded]:
         """The share of this process."""
         assert self.trainer is not None  # it calls this
-        done = self._look_up() if self.trainer.is_global_zero else ()
-        done = self.trainer.strategy.broadcast(done)
+        self._signals.install()
+        done = from_first(self._look_up)
         return self._loader(done, self.trainer.global_rank, self.trainer.world_size)

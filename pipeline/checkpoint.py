@@ -6,6 +6,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,12 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
     Raises:
         InputError: The file does not exist, is no checkpoint, or holds other weights.
     """
+    if Path(path).is_dir():
+        raise InputError(_in_pieces(path))
     if not Path(path).is_file():
         raise InputError(f"model.checkpoint={path} does not exist; expected a .ckpt file or a Hugging Face folder.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read(path)
         state = {key.replace("_orig_mod.", ""): value for key, value in content["state_dict"].items()}
     except Exception as error:
         hint = ""
@@ -68,15 +71,17 @@ def find_resumable(folder: Path, warn: Callable[[str], None]) -> tuple[Path, int
         The file and its optimiser steps; None if there is no checkpoint.
 
     Raises:
-        InputError: There are checkpoints, and none can be read.
+        InputError: There are checkpoints, and none can be read; one is in pieces.
     """
+    if (folder / LAST).is_dir():
+        raise InputError(_in_pieces(folder / LAST))
     found = [path for name in (LAST, PREVIOUS) if (path := folder / name).is_file()]
     for path in found:
         try:
             with zipfile.ZipFile(path) as file:  # torch stores checksums and does not look at them
                 if (damaged := file.testzip()) is not None:
                     raise ValueError(f"{damaged} in it is not what was written")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = _read(path)
             missing = {"state_dict", "optimizer_states", "loops"} - content.keys()
             if missing:
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
@@ -94,6 +99,24 @@ def find_resumable(folder: Path, warn: Callable[[str], None]) -> tuple[Path, int
 def family_of(model: nn.Module) -> str:
     """The name of a model's family in messages."""
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU and without running anything; tensors are read when they are used.
+
+    Checkpoints are replaced by renaming, which leaves a file that is open as it was. Those of torch before 1.6 are no
+    zip files and must be read whole.
+    """
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    return content
+
+
+def _in_pieces(path: str | Path) -> str:
+    return (
+        f"{path} is a folder; expected a .ckpt file. A strategy that shards parameters writes such folders: make one "
+        "file of it with `python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER` and take its weights "
+        "with model.checkpoint=FILE, or train with trainer.strategy=ddp."
+    )
 
 
 def _below_prefix(path: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calig.pipeline.errors import InputError
-from calig.pipeline.records import shards, table_metadata
+from calig.pipeline.records import read_scalars, shards, table_metadata
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,15 +32,11 @@ def load_explanations(run: str | Path) -> Dataset:
 
 def learning_curves(run: str | Path) -> dict[str, list[tuple[float, float]]]:
     """Every scalar of `metrics.csv` as (step, value) points; empty where there is none."""
-    file = Path(run) / "metrics.csv"
     curves: dict[str, list[tuple[float, float]]] = {}
-    if not file.exists():
-        return curves
-    with file.open(encoding="utf8") as stream:
-        for row in csv.DictReader(stream):
-            for key, text in row.items():
-                if text and key not in ("epoch", "step"):
-                    curves.setdefault(key, []).append((float(row["step"] or 0), float(text)))
+    for row in read_scalars(Path(run) / "metrics.csv"):
+        for key, text in row.items():
+            if text and key not in ("epoch", "step"):
+                curves.setdefault(key, []).append((float(row["step"]), float(text)))
     return curves
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from calig.pipeline.config import Config
 from calig.pipeline.console import Console
-from calig.pipeline.records import atomic_write
+from calig.pipeline.records import atomic_write, read_scalars
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -87,14 +87,7 @@ def drop_rows(folder: Path, step: int) -> None:
 
 def logged_rows(folder: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv, those of earlier sessions of the run first."""
-    return [*_rows(folder / _EARLIER), *_rows(folder / METRICS)]
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(encoding="utf8", newline="") as stream:
-        return list(csv.DictReader(stream))
+    return [*read_scalars(folder / _EARLIER), *read_scalars(folder / METRICS)]
 
 
 def _guarded(cls: type[Any], what: str, console: Console) -> type[Any]:

@@ -18,7 +18,8 @@ from calig.pipeline.explainer import Explained
 from calig.pipeline.records import EXPLANATION_SCHEMA, FLOW_SCHEMA, METRIC_SCHEMA, Digest, write_json, write_table
 
 _FOLDERS = ("explanations", "metrics", "flow")
-_SETTINGS = ("methods", "split", "target", "operator", "metrics", "limits", "flows", "perturbation_target")
+_ASKED = ("methods", "split", "target", "operator", "metrics", "limits", "flows", "perturbation_target")
+_SETTINGS = (*_ASKED, "seed", "data", "model")
 
 
 @dataclass
@@ -118,9 +119,10 @@ def check_settings(run: Path, standing: Standing, settings: Mapping[str, Any]) -
     for key, before in standing.settings.items():
         now = json.loads(json.dumps(settings[key]))
         if now != before:
+            name = f"explain.{key}" if key in _ASKED else key
             raise InputError(
-                f"{len(standing.done)} samples of {run} are explained with explain.{key}={before}, and now it is "
-                f"{now}. Go on with the same setting, or delete {run / 'manifest'} to explain all samples anew."
+                f"{len(standing.done)} samples of {run} are explained with {name}={before}, and now it is {now}. Go on "
+                f"with the same, or delete {run / 'manifest'} to explain all samples anew."
             )
 
 

@@ -167,7 +167,9 @@ def finish_training(model: nn.Module) -> PreTrainedModel:
 
 
 def _folder(checkpoint: str | None) -> Path | None:
-    return Path(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None
+    # A sharded checkpoint is a folder too, but not one of Hugging Face's; `load_checkpoint` says so.
+    folder = Path(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None
+    return None if folder is None or (folder / ".metadata").exists() else folder
 
 
 def _tokenizer(source: str, key: str, revision: str | None) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import zlib
@@ -202,6 +204,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines() if line.strip()]
+
+
+def read_scalars(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; none if it does not exist.
+
+    A logger appends, so a process that was killed may leave half a row, or a block of zeros: these are left out.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf8", errors="replace")
+    whole = text[: text.rfind("\n") + 1].replace("\0", "")
+    rows = csv.DictReader(io.StringIO(whole))
+    return [row for row in rows if None not in row and None not in row.values() and row.get("step", "").isdigit()]
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

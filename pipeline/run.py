@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from calig.pipeline.console import Console
 from calig.pipeline.directory import RunDirectory, is_main_process, open_directory
 from calig.pipeline.errors import InputError
 from calig.pipeline.loggers import finish_loggers, logged_rows, make_loggers
-from calig.pipeline.signals import REQUEUE, Stopped, StopSignals, requeue
+from calig.pipeline.signals import REQUEUE, Stopped, StopSignals, let_parent_end, requeue
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from calig.datamodules.text import TextDataModule
     from calig.pipeline.explainer import Explainer
     from calig.pipeline.module import ClassificationModule
+
+
+_FIRST = "CALIG_FIRST_PROCESS"
 
 
 @dataclass
@@ -156,6 +160,7 @@ class RunContext:
         from lightning.pytorch.plugins import TorchCheckpointIO
 
         from calig.callbacks.exact_resume import AtomicCheckpointIO
+        from calig.callbacks.take_signals import TakeSignals
 
         arguments: dict[str, Any] = {
             # A short epoch is logged too.
@@ -167,9 +172,9 @@ class RunContext:
             "enable_checkpointing": any(type(item).__name__ == "ModelCheckpoint" for item in self.callbacks),
             **self.config.trainer,
         }
-        trainer = Trainer(
-            **arguments, logger=self.loggers, callbacks=self.callbacks, default_root_dir=self.directory.path
-        )
+        # First: what the others do when a stage starts may take a while.
+        callbacks = [TakeSignals(self.signals), *self.callbacks]
+        trainer = Trainer(**arguments, logger=self.loggers, callbacks=callbacks, default_root_dir=self.directory.path)
         # A strategy that writes in a way of its own keeps it.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -264,6 +269,21 @@ class RunContext:
         """Whether this process writes."""
         return is_main_process()
 
+    def alone(self, work: Callable[[], None]) -> None:
+        """Let the first process work, once all have come here, while the others wait; every process must call it.
+
+        How the work ends, by an error or a signal too, is how it ends for all.
+        """
+        from calig.callbacks.collectives import from_first, gather
+
+        def stoppable() -> None:
+            if self.is_main:  # before there is a group of processes, each takes itself for the first
+                with self.signals.at_once():
+                    work()
+
+        gather([])  # what the others have written until here is there
+        from_first(stoppable)
+
     def log(self, values: Mapping[str, float]) -> None:
         """Write scalars of a stage to every logger and to `summary.json`; every process may call it."""
         if not self.is_main:
@@ -284,17 +304,33 @@ class RunContext:
 def run(config: Config) -> int:
     """Run the stages of a configuration.
 
+    A process that ends with anything but 0 ends behind the one that has started it.
+
     Args:
         config: Resolved, as `compose` returns it.
 
     Returns:
-        The exit code: 0 done, 3 finished with samples or methods that failed.
+        The exit code, the same on all processes: 0 done, 3 finished with samples or methods that failed.
 
     Raises:
         InputError: The run directory exists, or the input is wrong. Nothing is left of a run that failed before any
             work, and what it was to replace is back.
         Stopped: A signal asked for the end; what is done is kept, and a SLURM job is back in its queue.
     """
+    if is_main_process():
+        os.environ[_FIRST] = str(os.getpid())  # read by the processes that it starts
+    try:
+        code = _run(config)
+    except (Exception, Stopped):
+        let_parent_end(_FIRST)
+        raise
+    if code:
+        let_parent_end(_FIRST)
+    return code
+
+
+def _run(config: Config) -> int:
+    from calig.callbacks.collectives import end_if_asked, from_first
     from calig.pipeline.devices import require_devices
     from calig.pipeline.stages import stage_function
 
@@ -315,22 +351,29 @@ def run(config: Config) -> int:
             try:
                 context.prepare(todo)
                 directory.keep()
+                # From here on processes wait for each other, so none may leave by itself; nor is the end of a run,
+                # the closing of its loggers and its way back into a queue, for another signal to break off.
+                signals.deferred = True
                 try:
                     for stage in todo:
                         console.stage(stage)
                         stage_function(stage)(context)
                         if main:
                             directory.mark_finished(stage)
+                        if stage != todo[-1]:
+                            end_if_asked(signals)
                 finally:
                     if "loggers" in vars(context):
                         finish_loggers(context.loggers, directory.path, console, main=main)
             except Stopped as stop:
-                # Last of all: a job that is put back into the queue is ended by that.
-                _say_stopped(stop, directory, console)
+                # Last of all: a job that is put back into the queue is ended by that. The others wait, because a
+                # launcher kills what still runs when one process ends with an error.
+                from_first(partial(_say_stopped, stop, directory, console))
                 raise
             if main:
                 console.results(directory.path, len(directory.failures))
-            return 3 if directory.failures else 0
+            # The others would look before the first process has written it.
+            return from_first(lambda: 3 if directory.failures else 0)
     except BaseException:
         if main:
             directory.give_up()

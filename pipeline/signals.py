@@ -7,13 +7,18 @@ import re
 import signal
 import subprocess
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 END, REQUEUE = 2, 3
 """What is asked, as numbers: of several processes that were asked differently, the largest counts (1: only save)."""
 
-_ASKS = {signal.SIGTERM: END, signal.SIGUSR1: REQUEUE}
+_ASKS = {signal.SIGTERM: END}
+if hasattr(signal, "SIGUSR1"):  # Windows has none
+    _ASKS[signal.SIGUSR1] = REQUEUE
 
 
 class Stopped(SystemExit):
@@ -35,7 +40,7 @@ class StopSignals:
     """Takes SIGTERM and SIGUSR1 for the time of a run.
 
     They end the run at once, or, while `deferred`, are only noted: a training first comes to a place from which it can
-    be continued exactly, which a signal handler never is.
+    be continued exactly, and several processes to one that all of them come to. A signal handler never is either.
 
     Attributes:
         asked: 0, or the largest of `END` and `REQUEUE` that came.
@@ -46,6 +51,7 @@ class StopSignals:
         self.asked = 0
         self.deferred = False
         self._before: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -65,14 +71,52 @@ class StopSignals:
 
         Its handlers save in the middle of a batch and call collectives, for which the other processes do not wait.
         """
+        self._process = os.getpid()  # a strategy may have forked it
         if self._before:
             for number in _ASKS:
                 signal.signal(number, self._note)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal end the work within at once, also one that came before.
+
+        Raises:
+            Stopped: By a signal.
+        """
+        before, self.deferred = self.deferred, False
+        try:
+            if self.asked:
+                raise Stopped(self.asked)
+            yield
+        finally:
+            self.deferred = before
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A forked helper has the handler too. The run's end is not its business; its parent's `terminate()` is.
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         self.asked = max(self.asked, _ASKS[signal.Signals(number)])
         if not self.deferred:
+            self.deferred = True  # a second signal must not break off what the first one makes the run do
             raise Stopped(self.asked)
+
+
+def let_parent_end(name: str, seconds: float = 10) -> None:
+    """Wait for the end of the process that has started this one, if it is the first of the run.
+
+    Where Lightning starts the processes, it kills the first one, whatever that is still doing, as soon as it finds that
+    another has ended with a code that is not 0. All of a run may end so: after a signal, or with failed samples.
+
+    Args:
+        name: Of the environment variable with the number of the first process.
+        seconds: What to wait at most: where this process alone failed, the first is to be killed.
+    """
+    deadline = time.monotonic() + seconds
+    while os.environ.get(name) == str(os.getppid()) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def requeue() -> str | None:

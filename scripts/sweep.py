@@ -16,11 +16,15 @@ import json
 import os
 import queue
 import re
+import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 CALIG = [sys.executable, "-m", "calig.pipeline.cli", "run"]
 
@@ -72,15 +76,54 @@ def write_table(out: Path, grid: list[dict[str, str]], codes: dict[int, int]) ->
 def check_same(out: Path, overrides: list[str], grid: list[str]) -> None:
     """A folder holds one sweep: a run that is continued would go on with the settings it was started with."""
     file, now = out / "sweep.json", {"overrides": overrides, "grid": grid}
-    if not file.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf8")
-    elif (before := json.loads(file.read_text(encoding="utf8"))) != now:
+    out.mkdir(parents=True, exist_ok=True)
+    # The tasks of an array job come here at once: whoever is first names the file, which is whole by then.
+    temporary = out / f".sweep.json.{socket.gethostname()}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf8")
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not file.exists():
+            temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if (before := json.loads(file.read_text(encoding="utf8"))) != now:
         sys.exit(f"{out} holds another sweep: {before}. Choose another --out.")
 
 
+class Running:
+    """The runs at work, which a signal to the sweep ends too; none is started after it.
+
+    Attributes:
+        ended: Whether there was one.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.RLock()  # a signal may come to the thread that holds it
+
+    def wait(self, line: list[str], **arguments: Any) -> int:
+        """Run a command; returns its exit code."""
+        with self._lock:
+            if self.ended:
+                return 128 + signal.SIGTERM
+            process = subprocess.Popen(line, **arguments)
+            self._processes.append(process)
+        return process.wait()
+
+    def end(self, number: int) -> None:
+        """Hand a signal on: every run comes to a checkpoint and ends by itself."""
+        with self._lock:
+            self.ended = True
+            for process in self._processes:
+                process.send_signal(number)  # of one that has ended, nothing
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the grid; returns 0, or 1 if a run did not end with 0 or 3."""
+    """Run the grid; returns 0, 1 if a run did not end with 0 or 3, or 143 if a signal ended it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs, as for `calig run`")
     parser.add_argument("--grid", action="append", required=True, metavar="key=a,b,c", help="may be repeated")
@@ -101,6 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for gpu in options.gpus.split(",") if options.gpus else [None] * max(1, options.jobs):
         slots.put(gpu)
 
+    running = Running()
+    for number in (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])):
+        signal.signal(number, lambda sent, _: running.end(sent))
+
     def one(index: int) -> int:
         folder = options.out / run_name(index, grid[index])
         gpu = slots.get()
@@ -108,9 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             with folder.with_suffix(".log").open("a", encoding="utf8") as log:
                 line = command(folder, options.overrides, grid[index])
-                code = subprocess.run(
-                    line, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
-                ).returncode
+                code = running.wait(line, stdout=log, stderr=subprocess.STDOUT, env=environment)
         finally:
             slots.put(gpu)
         print(f"{folder.name}: " + ("done" if code in (0, 3) else f"ended with {code}, see {log.name}"), flush=True)
@@ -119,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(slots.qsize()) as pool:
         codes = dict(enumerate(pool.map(one, range(len(grid)))))
     print(write_table(options.out, grid, codes))
+    if running.ended:
+        return 128 + signal.SIGTERM
     return int(any(code not in (0, 3) for code in codes.values()))
 
 

@@ -1,8 +1,12 @@
 """Tasks that tests run in processes of their own, forked from a warm one: see `forked.run_worker`."""
 
+import importlib
 import json
+import os
 import resource
 import signal
+import socket
+import time
 from pathlib import Path
 
 import torch
@@ -242,3 +246,59 @@ def command_on_a_full_disk(room, *arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     code = main(list(arguments))
     assert code == 1, f"calig ended with {code}"
+
+
+def side_by_side(folder, event, *arguments):
+    """`calig` on two processes that a launcher has started; writes their exit codes, -9 for one that hung.
+
+    `event` is JSON: {"at": "module:Class.function" or "module:function", "call": n, "rank": r, "send": signal} sends a
+    process that signal when its n-th call begins; with "raise" instead, the call raises that OSError.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        if (child := os.fork()) == 0:
+            os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            code = 1
+            try:
+                event = json.loads(event)
+                if event and event["rank"] == rank:
+                    happen(event)
+                code = main(list(arguments))
+            finally:
+                os._exit(code)
+        children.append(child)
+    end = time.monotonic() + 60
+    codes = {}
+    while len(codes) < 2 and time.monotonic() < end:
+        for child in set(children) - set(codes):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for child in set(children) - set(codes):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    Path(folder, "codes.json").write_text(json.dumps([codes.get(child, -9) for child in children]))
+
+
+def happen(event):
+    """Make the n-th call of a function send this process a signal, or raise."""
+    module, _, path = event["at"].partition(":")
+    *owners, name = path.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    function, calls = getattr(owner, name), []
+
+    def changed(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == event["call"]:
+            if "raise" in event:
+                raise OSError(event["raise"])
+            os.kill(os.getpid(), event["send"])
+        return function(*args, **kwargs)
+
+    setattr(owner, name, changed)

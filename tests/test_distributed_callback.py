@@ -4,7 +4,11 @@ import json
 
 import pytest
 import torch
+from conftest import make_bert
 from forked import run_worker
+
+from calig.callbacks.sharded import whole_copy
+from calig.pipeline.errors import InputError
 
 KINDS = {
     "plain": {},
@@ -53,3 +57,13 @@ def test_a_sample_that_fails_on_one_process(tmp_path):
     assert scalars["val/explain/ca_lig/failed"] == 1
     with pytest.raises(AssertionError, match=r"SampleFailure: sample \d, method 'ca_lig': ValueError: no such token"):
         run_worker("failing_sample", tmp_path, True)
+
+
+def test_a_whole_copy_is_whole_or_refused():
+    model = make_bert(layers=1)
+    copied = whole_copy(model)
+    ids = torch.tensor([[1, 7, 9, 2]])
+    assert torch.equal(copied(ids).logits, model.eval()(ids).logits)
+    del model.bert.embeddings._buffers["position_ids"]  # its class makes one, of which nothing is known then
+    with pytest.raises(InputError, match=r"first: bert.embeddings.position_ids.*Train without the callback"):
+        whole_copy(model)

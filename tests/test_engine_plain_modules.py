@@ -9,6 +9,7 @@ from conftest import make_batch, make_bert
 from torch import nn
 
 from calig.pipeline.attribution import ExplainableModel, UnsupportedModelError, attribute, available_methods
+from calig.pipeline.attribution.wrapping import suspended
 from calig.pipeline.errors import InputError
 
 
@@ -101,6 +102,14 @@ def test_the_fast_path_of_torch_is_off_inside_and_back_afterwards():
     assert torch.allclose(fast, slow, atol=1e-5)
     with pytest.raises(InputError):
         attribute(model, batch, "input_x_gradient", target=9)
+    assert torch.backends.mha.get_fastpath_enabled()
+    # Of two that overlap (threads), the first to leave does not turn it on under the other.
+    first, second = suspended(model), suspended(Classifier())
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
     assert torch.backends.mha.get_fastpath_enabled()
 
 

@@ -6,13 +6,17 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from conftest import make_bert
 from forked import run_worker
+from safetensors.torch import load_file, save_file
 from test_cli import TINY
 
 from calig.pipeline import manifest
 from calig.pipeline.cli import main
 from calig.pipeline.costs import COSTS
 from calig.pipeline.records import read_rows, shards
+from calig.pipeline.stages.explain import model_mark
 
 SAMPLES = 41
 METHODS = ("ca_lig", "random")
@@ -70,7 +74,8 @@ def assert_same_results(folder, whole):
     found = json.loads((folder / "summary.json").read_text())
     for key, value in summary.items():
         if not any(cost in key for cost in COSTS):
-            assert abs(found[key] - value) < 1e-6, key
+            # A gap is one sample's rounding; which samples share a batch, and so its padding, is another matter now.
+            assert abs(found[key] - value) < (1e-5 if "gap" in key else 1e-6), key
     assert not (folder / "failures.jsonl").exists() and not list(folder.rglob(".*.tmp"))
 
 
@@ -80,6 +85,7 @@ def test_killed_at_random_moments_and_continued_on_other_numbers_of_processes(ki
     draw = random.Random(kills)
     folder = tmp_path / "run"
     killed = attempts = 0
+    left = []  # shards that stood after each kill
     while killed < kills:
         attempts += 1
         line = explain_line(folder, 1 + attempts % 2, *settings)
@@ -90,7 +96,8 @@ def test_killed_at_random_moments_and_continued_on_other_numbers_of_processes(ki
             folder = tmp_path / f"run{attempts}"
         else:
             killed += 1
-    assert 0 < len(list((folder / "manifest").glob("part-*.json"))) < SAMPLES / 2, "nothing was half done"
+            left.append(len(list((folder / "manifest").glob("part-*.json"))))
+    assert any(0 < shards < SAMPLES / 2 for shards in left), "nothing was half done"
     run_worker("command", *explain_line(folder, 2 - attempts % 2, *settings))
     assert_same_results(folder, whole)
 
@@ -146,6 +153,45 @@ def test_going_on_with_other_settings_is_refused(whole, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "explain.target=predicted" in error and "now it is 1" in error and str(folder / "manifest") in error
     assert len(manifest.take_up(folder).done) == SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [(["seed=1"], "seed=0"), (["data.max_length=8"], "data=46 examples"), ([], "model=weights")],
+)
+def test_other_data_another_seed_or_another_model_are_refused(changed, said, whole, tmp_path, capsys):
+    """The model lies in the same folder as before; its weights are others."""
+    settings, *_ = whole
+    folder = copied(whole, tmp_path)
+    named = next(item for item in settings if item.startswith("model.name"))
+    model = shutil.copytree(named.partition("=")[2], tmp_path / "model")
+    if not changed:
+        weights = load_file(model / "model.safetensors")
+        weights["classifier.bias"] = weights["classifier.bias"] + 0.5
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+    settings = [item for item in settings if item != named and not item.startswith("seed")]
+    code = main(explain_line(folder, 1, *settings, *changed, f"model.name={model}"))
+    error = capsys.readouterr().err
+    assert code == 2 and f"explained with {said}" in error, error
+    assert len(manifest.take_up(folder).done) == SAMPLES
+
+
+def test_a_model_and_data_that_were_moved_are_the_same(whole, tmp_path):
+    settings, *_ = whole
+    folder = copied(whole, tmp_path)
+    named = next(item for item in settings if item.startswith("model.name"))
+    model = shutil.copytree(named.partition("=")[2], tmp_path / "model")
+    settings = [item for item in settings if item != named]
+    assert main(explain_line(folder, 1, *settings, f"model.name={model}")) == 0
+
+
+def test_the_mark_of_a_model_is_of_its_weights_and_not_of_their_precision():
+    model = make_bert(layers=2).bfloat16()
+    before = model_mark(model)
+    assert model_mark(model.float()) == before
+    with torch.no_grad():
+        model.classifier.weight[0, 0] += 1
+    assert model_mark(model) != before
 
 
 def test_datasets_reads_the_result_directly(whole, tmp_path):

@@ -1,10 +1,13 @@
 """The launch files: they parse, name keys that exist, and start or continue what they say."""
 
 import csv
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,15 +50,17 @@ def test_the_training_job_starts_a_run_and_continues_it(tmp_path):
     text = (SCRIPTS / "slurm" / "train.sbatch").read_text()
     slurm = {"RUN_DIR": str(tmp_path / "run"), "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4"}
     started, _ = shell(text, "experiment=sst2", "data.path=with space", **slurm)
-    assert started[:3] == ["srun", "calig", "run"]
+    assert started[:4] == ["srun", "--kill-on-bad-exit=1", "calig", "run"]
     assert "data.path=with space" in started and f"run.dir={tmp_path / 'run'}" in started
-    config = compose([item for item in started[3:] if not item.startswith("data.path")], check=False)
+    config = compose([item for item in started[4:] if not item.startswith("data.path")], check=False)
     assert config.trainer["num_nodes"] == 2 and config.trainer["devices"] == 4
     assert config.trainer["strategy"] == "ddp"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
-    continued, _ = shell(text, "experiment=sst2", **slurm)
-    assert continued == ["srun", "calig", "run", f"run.resume={tmp_path / 'run'}"]
+    # Submitted again with other nodes, it goes on with those.
+    continued, _ = shell(text, "experiment=sst2", **{**slurm, "SLURM_NNODES": "1"})
+    given = ["trainer.num_nodes=1", "trainer.devices=4"]
+    assert continued[1:] == ["--kill-on-bad-exit=1", "calig", "run", f"run.resume={tmp_path / 'run'}", *given]
     del slurm["RUN_DIR"]
     assert "set RUN_DIR" in shell(text, **slurm)[1]
 
@@ -77,12 +82,12 @@ def test_the_kubernetes_job_starts_and_continues(tmp_path):
     assert container["resources"]["limits"]["nvidia.com/gpu"] == int(variables["GPUS"])
     (text,) = container["args"]
     started, error = shell(text, **{**variables, "RUN_DIR": str(tmp_path)})
-    assert started[:4] == ["exec", "torchrun", "--standalone", "--nproc-per-node"], error
-    settings = started[started.index("run") + 1 :]
-    compose([item for item in settings if not item.startswith("data.path")], check=False)
+    assert started[:3] == ["exec", "calig", "run"], error
+    config = compose([item for item in started[3:] if not item.startswith("data.path")], check=False)
+    assert config.trainer["strategy"] == "ddp" and config.trainer["devices"] == int(variables["GPUS"])
     (tmp_path / "config.yaml").touch()
     continued, _ = shell(text, **{**variables, "RUN_DIR": str(tmp_path)})
-    assert continued[continued.index("run") + 1 :] == [f"run.resume={tmp_path}"]
+    assert continued[3:] == [f"run.resume={tmp_path}", "trainer.devices=4"]
 
 
 def test_the_sweep_of_weights_and_biases_names_keys_that_exist():
@@ -143,3 +148,61 @@ def test_a_grid_runs_continues_and_is_tabled(tmp_path):
 def test_a_wrong_grid_is_refused(tmp_path, arguments, said):
     done = sweep("--out", tmp_path / "sweep", *arguments)
     assert done.returncode == 1 and said in done.stderr
+
+
+def test_tasks_of_an_array_job_that_start_at_once_agree_on_their_sweep(tmp_path):
+    """The first names the settings; no other finds half a file, and one of another sweep is refused."""
+    same = ["--out", tmp_path / "sweep", "--grid", "seed=0,1", "--only", 9]
+    lines = [[sys.executable, SCRIPTS / "sweep.py", *map(str, same)] for _ in range(4)]
+    tasks = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for line in lines]
+    # Each comes past the settings, to a combination that does not exist.
+    assert all("has 2 combinations" in task.communicate(timeout=60)[1] for task in tasks)
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
+    assert "holds another sweep" in sweep("--out", tmp_path / "sweep", "--grid", "seed=0,2").stderr
+
+
+def test_settings_that_another_task_names_first_stand(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("sweep", SCRIPTS / "sweep.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    link = os.link
+
+    def beaten(source, target):
+        target.write_text('{"overrides": [], "grid": ["seed=7"]}')
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", beaten)
+    with pytest.raises(SystemExit, match="holds another sweep"):
+        module.check_same(tmp_path / "sweep", [], ["seed=0,1"])
+    assert not list((tmp_path / "sweep").glob(".*"))
+
+
+def test_a_signal_to_a_sweep_reaches_its_runs_and_starts_no_other(tmp_path):
+    """A stand-in for `calig` that ends like a run: with 143, when SIGTERM asks it to."""
+    stand_in = tmp_path / "calig" / "pipeline"
+    stand_in.mkdir(parents=True)
+    (tmp_path / "calig" / "__init__.py").touch()
+    (stand_in / "__init__.py").touch()
+    (stand_in / "cli.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "folder = pathlib.Path(next(a for a in sys.argv if a.startswith('run.dir=')).partition('=')[2])\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "folder.mkdir()\n"
+        "time.sleep(60)\n"
+    )
+    out = tmp_path / "sweep"
+    line = [sys.executable, SCRIPTS / "sweep.py", "--out", out, "--grid", "seed=0,1,2", "--jobs", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen([str(part) for part in line], env=environment, stdout=subprocess.PIPE, text=True)
+    begun = [out / "000_seed-0", out / "001_seed-1"]
+    try:
+        while not all(path.is_dir() for path in begun):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        shown, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "000_seed-0: ended with 143" in shown and "001_seed-1: ended with 143" in shown
+    assert not (out / "002_seed-2").exists()

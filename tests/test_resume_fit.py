@@ -10,10 +10,13 @@ import pytest
 import torch
 from test_cli import TINY
 
-from calig.pipeline.checkpoint import find_resumable
+from calig.pipeline.checkpoint import find_resumable, load_checkpoint
 from calig.pipeline.cli import main
+from calig.pipeline.directory import RunDirectory
+from calig.pipeline.loading import learning_curves
 from calig.pipeline.loggers import METRICS
 from calig.pipeline.module import ClassificationModule
+from calig.pipeline.stages.report import collect
 
 # Dropout, so that a lost random state shows; 6 batches an epoch.
 SETTINGS = [
@@ -291,3 +294,69 @@ def test_ctrl_c_ends_at_once_and_the_run_goes_on_from_the_epoch_before(whole, tm
     assert resume(tmp_path / "run") == 0
     assert weights(tmp_path / "run") == weights(whole("plain"))
     assert logged(tmp_path / "run") == logged(whole("plain"))
+
+
+@pytest.mark.parametrize("tail", ["1,0.5", "1,0.51234,0.0123,9", "\0" * 40, "\n1,0.2\n"])
+def test_half_a_row_of_metrics_csv_is_left_out(whole, tmp_path, monkeypatch, tail):
+    """A process that is killed while it logs leaves one; the epoch before is all there."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        AtBatch(patch, 8, terminate)
+        assert run(folder) == 143
+    with (folder / METRICS).open("a") as stream:
+        stream.write(tail)
+    assert learning_curves(folder)  # a report of what there is can be made
+    assert resume(folder) == 0
+    assert logged(folder) == logged(whole("plain"))
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "model"])
+def test_a_checkpoint_in_pieces_is_refused_with_the_way_out(tmp_path, monkeypatch, capsys, name):
+    last = stopped(tmp_path / "run", monkeypatch) / "last.ckpt"
+    last.unlink()
+    (last / ".metadata").mkdir(parents=True)
+    if name == "last.ckpt":
+        assert resume(tmp_path / "run") == 2
+    else:
+        assert run(tmp_path / "other", f"model.checkpoint={last}") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"{last} is a folder; expected a .ckpt file" in error and "consolidate_checkpoint" in error
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_is_mapped_into_memory_where_its_format_allows(tmp_path, monkeypatch, zipped):
+    model = torch.nn.Linear(3, 2)
+    path = tmp_path / "weights.ckpt"
+    torch.save({"state_dict": model.state_dict()}, path, _use_new_zipfile_serialization=zipped)
+    load, asked = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: asked.append(kwargs["mmap"]) or load(*args, **kwargs))
+    other = torch.nn.Linear(3, 2)
+    load_checkpoint(other, str(path))
+    assert asked == [zipped] and torch.equal(other.weight, model.weight)
+    path.write_bytes(b"")  # the model has weights of its own
+    assert torch.equal(other.weight, model.weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        (["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=2"], True),
+        (["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=1"], True),
+        (["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=3"], False),
+        (["trainer.accumulate_grad_batches=6"], False),
+        (["data.batch_size=96"], False),
+    ],
+)
+def test_validations_that_leave_no_place_to_stop_within_an_epoch_are_named(tmp_path, settings, warned):
+    assert run(tmp_path / "run", *settings, "trainer.max_epochs=1") == 0
+    log = " ".join((tmp_path / "run" / "log.txt").read_text().split())
+    assert ("goes on from the epoch's beginning" in log) == warned
+
+
+def test_a_report_shows_what_was_explained_though_the_run_was_started_with_other_methods(tmp_path):
+    folder = tmp_path / "run"
+    assert run(folder, "explain.methods=[ca_lig]") == 0
+    assert resume(folder, "stages=[explain,report]", "explain.methods=[input_x_gradient]") == 0
+    data = collect(RunDirectory(folder))
+    assert data.primary_method == "input_x_gradient" and len(data.samples) == 10
+    assert all([one.method for one in sample.explanations] == ["input_x_gradient"] for sample in data.samples)

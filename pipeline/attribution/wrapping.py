@@ -9,6 +9,7 @@ and torch's own encoder hands nested tensors to its fused layers.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -55,22 +56,44 @@ def is_peft(module: nn.Module) -> bool:
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """Within the context, nothing inside the model runs compiled, checkpointed or fused; then all is as before."""
-    fused = torch.backends.mha.get_fastpath_enabled()
     checkpointed = [module for module in model.modules() if vars(module).get("gradient_checkpointing") is True]
     with ExitStack() as stack:
         # The stance covers every way to compile: a module, a part in place, a function inside. Graphs stay cached, so
         # that training does not compile anew. Without dynamo in the process, nothing has been compiled.
         if "torch._dynamo.eval_frame" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_without_fast_path())
         try:
-            torch.backends.mha.set_fastpath_enabled(False)
             for module in checkpointed:
                 module.gradient_checkpointing = False  # type: ignore[assignment]
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
             for module in checkpointed:
                 module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+class _FastPath:
+    """Torch's switch is one for all threads: the first that turns it off and the last that is done turn it."""
+
+    lock = threading.Lock()
+    users = 0
+    before = True
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    with _FastPath.lock:
+        if _FastPath.users == 0:
+            _FastPath.before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _FastPath.users += 1
+    try:
+        yield
+    finally:
+        with _FastPath.lock:
+            _FastPath.users -= 1
+            if _FastPath.users == 0:
+                torch.backends.mha.set_fastpath_enabled(_FastPath.before)
 
 
 def _inner(model: nn.Module) -> nn.Module | None:

@@ -39,8 +39,11 @@ def run_stage(context: RunContext) -> None:
     Raises:
         InputError: The run has no explanations.
     """
-    if not context.is_main:
-        return
+    context.alone(lambda: compare(context))
+
+
+def compare(context: RunContext) -> None:
+    """The work of `run_stage`, for one process."""
     run, config = context.directory, context.config
     if not shards(run / "explanations"):
         raise InputError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from calig.callbacks.probe import gather
+from calig.callbacks.collectives import end_if_asked, gather
 from calig.pipeline.calibrating import Calibration, CalibrationSettings, Calibrator, Point
 from calig.pipeline.calibration import read_calibration
 from calig.pipeline.config import CALIBRATION_FILE, asked_options, without_asked
@@ -18,7 +19,12 @@ SHOWN = 12
 
 
 def run_stage(context: RunContext) -> None:
-    """Attribute the calibration samples once, search, and keep the choice in `calibration.json`."""
+    """Attribute the calibration samples once, search, and keep the choice in `calibration.json`.
+
+    Every process attributes and measures its share of the samples.
+    """
+    from calig.datamodules.remaining import RemainingSamples
+
     config, data, module = context.config, context.data, context.module
     chosen = config.calibrate
     ((method, asked),) = asked_options(config.explain.options).items()
@@ -43,18 +49,20 @@ def run_stage(context: RunContext) -> None:
         "seed": config.seed,
     }
     search = _Search(context, calibrator, facts)
-    loader = data.explain_dataloader(chosen.split, chosen.num_samples, config.explain.batch_size, config.seed)
+    loader = partial(data.explain_dataloader, chosen.split, chosen.num_samples, config.explain.batch_size, config.seed)
+
+    def share(done: Collection[int], rank: int, world_size: int) -> Any:
+        own: Any = loader(done, rank, world_size)
+        # A process without a batch would not come to the search: few samples are everyone's, and count once.
+        return own if len(own.dataset) >= world_size else loader(done)
+
     trainer = context.trainer
-    if len(loader.dataset) >= trainer.world_size:  # type: ignore[arg-type]
-        trainer.callbacks.append(search)  # type: ignore[attr-defined]
-        try:
-            trainer.predict(module, dataloaders=loader, return_predictions=False)
-        finally:
-            trainer.callbacks.remove(search)  # type: ignore[attr-defined]
-    elif context.is_main:  # Lightning's exact sampler wants a sample per process
-        for batch in loader:
-            calibrator.add(batch)
-        search.finish(calibrator.choose())
+    trainer.callbacks.append(search)  # type: ignore[attr-defined]
+    try:
+        samples = RemainingSamples(set, share, context.signals)
+        trainer.predict(module, datamodule=samples, return_predictions=False)
+    finally:
+        trainer.callbacks.remove(search)  # type: ignore[attr-defined]
     trainer.strategy.barrier("calibrated")
     context.log(scalars(read_calibration(context.directory.path) or {}))
 
@@ -79,9 +87,13 @@ class _Search(Callback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search: every process has the same means, and so makes the same choices."""
-        found = self.calibrator.choose(gather)
+        found = self.calibrator.choose(self._gather)
         if trainer.is_global_zero:
             self.finish(found)
+
+    def _gather(self, values: Sequence[Any]) -> list[Any]:
+        end_if_asked(self.context.signals)  # the search is long, and all processes are here
+        return gather(values)
 
     def finish(self, found: Calibration) -> None:
         """Write and show; here, because a strategy that forks keeps no memory of it."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from calig.callbacks.collectives import gather
 from calig.callbacks.media import MediaLog
-from calig.callbacks.probe import gather
 from calig.datamodules.concept_sets import ConceptSets
 from calig.pipeline.attribution import ClassLogit, ExplainableModel, UnsupportedModelError
 from calig.pipeline.attribution.concepts import pooled_states, weighted_gradients
@@ -70,11 +70,8 @@ def run_stage(context: RunContext) -> None:
             trainer.predict(module, dataloaders=loaders, return_predictions=False)
         finally:
             trainer.callbacks.remove(passes)  # type: ignore[attr-defined]
-    elif context.is_main:  # Lightning's exact sampler wants a sample per process
-        for index, loader in enumerate(loaders):
-            for batch in loader:
-                passes.add(batch, index)
-        passes.finish(passes.inputs, passes.states)
+    else:  # Lightning's exact sampler wants a sample per process
+        context.alone(lambda: passes.run(loaders))
     trainer.strategy.barrier("concepts tested")
 
 
@@ -112,6 +109,13 @@ class _Passes(Callback):
         inputs, states = gather(self.inputs), gather(self.states)
         if trainer.is_global_zero:
             self.finish(inputs, states)
+
+    def run(self, loaders: Sequence[Iterable[Mapping[str, Any]]]) -> None:
+        """Run everything on this process."""
+        for index, loader in enumerate(loaders):
+            for batch in loader:
+                self.add(batch, index)
+        self.finish(self.inputs, self.states)
 
     def add(self, batch: Mapping[str, Any], loader: int) -> None:
         """Run a batch of inputs (loader 0) or of the sets (1)."""

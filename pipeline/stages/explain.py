@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import zlib
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from calig.pipeline import manifest
 from calig.pipeline.explainer import limited, scalar_key
@@ -16,6 +18,9 @@ from calig.pipeline.metrics.randomisation import KEPT_TOO_MUCH
 from calig.pipeline.records import read_numbers, read_rows, shards
 from calig.pipeline.run import RunContext
 from calig.pipeline.stages.fit import lower_is_better
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHOWN = {"token_f1": "token_f1", "auprc": "auprc", "comprehensiveness": "compreh.", "sufficiency": "suffic."}
@@ -45,6 +50,9 @@ def run_stage(context: RunContext) -> None:
         "limits": dict(config.limits),
         "flows": config.flows,
         "perturbation_target": config.perturbation_target,
+        "seed": context.config.seed,
+        "data": data_mark(data.dataset(config.split).rows),
+        "model": model_mark(module.model),
     }
     writer = ExplanationWriter(explainer, directory.path, metadata, batches_per_shard=config.batches_per_shard)
     remaining = RemainingSamples(
@@ -52,6 +60,7 @@ def run_stage(context: RunContext) -> None:
         lambda done, rank, world_size: data.explain_dataloader(
             config.split, config.num_samples, config.batch_size, context.config.seed, done, rank, world_size
         ),
+        context.signals,
     )
     trainer = context.trainer
     trainer.callbacks.append(writer)  # type: ignore[attr-defined]
@@ -66,9 +75,16 @@ def run_stage(context: RunContext) -> None:
         ) from error
     finally:
         trainer.callbacks.remove(writer)  # type: ignore[attr-defined]
-    trainer.strategy.barrier("explanations written")
-    if not context.is_main:
-        return
+    context.alone(lambda: finish(context))
+
+
+def finish(context: RunContext) -> None:
+    """Summarise what all processes have written.
+
+    Raises:
+        RuntimeError: No sample could be explained.
+    """
+    config, directory = context.config.explain, context.directory
     failures = manifest.failures(directory.path)
     directory.set_failures(failures)
     if failures and not shards(directory / "explanations"):
@@ -104,6 +120,32 @@ def rationale_length(rows: Iterable[Mapping[str, Any]]) -> float | None:
         lengths.append(len({word for word, mark in pairs if mark == 1}) + row["rationale_missed"])
     marked = [length for length in lengths if length]
     return sum(marked) / len(marked) if marked else None
+
+
+def data_mark(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Tells the tokenised examples of a split from others, wherever they are read from: a folder may be moved.
+
+    Args:
+        rows: Encoded examples, see `calig.datamodules.tokenization.encode`; some 1,000 of them are looked at.
+    """
+    found = zlib.crc32(b"")
+    for row in rows[:: max(1, len(rows) // 1000)]:
+        found = zlib.crc32(array("q", [row["sample_id"], *row["input_ids"]]).tobytes(), found)
+    return f"{len(rows)} examples with checksum {found:08x}"
+
+
+def model_mark(model: nn.Module) -> str:
+    """Tells a model's weights from others, wherever they are read from and in whatever precision they are held.
+
+    Args:
+        model: Not yet on its device; some 1,000 values of every parameter are looked at.
+    """
+    found = zlib.crc32(b"")
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 1000)].float().tolist()
+        found = zlib.crc32(name.encode() + array("f", some).tobytes(), found)
+    return f"weights with checksum {found:08x}"
 
 
 def look_up(context: RunContext, metadata: Mapping[str, Any]) -> set[int]:

@@ -41,6 +41,7 @@ def run_stage(context: RunContext) -> None:
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
     from calig.callbacks import AttributionCallback
+    from calig.callbacks.collectives import from_first
     from calig.callbacks.exact_resume import ExactResume
     from calig.pipeline.checkpoint import find_resumable
     from calig.pipeline.models import finish_training, load_checkpoint, prepare_training
@@ -79,7 +80,9 @@ def run_stage(context: RunContext) -> None:
                 strict=config.explain.strict,
             ),
         )
-    last, step = find_resumable(directory / "checkpoints", context.console.warn) or (None, 0)
+    # What another process makes anew may still hold the checkpoints of what it replaces.
+    found = None if directory.others else find_resumable(directory / "checkpoints", context.console.warn)
+    last, step = found or (None, 0)
     if context.is_main:
         # What the broken-off session logged behind the checkpoint is logged again.
         drop_rows(directory.path, step)
@@ -88,30 +91,40 @@ def run_stage(context: RunContext) -> None:
     trainer = context.trainer
     trainer.fit(module, data, ckpt_path=last)
     resume.end_if_asked()
-    if checkpoint.best_model_path:
-        # By its name: the run directory may have been moved since.
-        kept = directory / "checkpoints" / Path(checkpoint.best_model_path).name
-        if kept.exists():
-            load_checkpoint(module.model, str(kept))
-        else:
-            context.console.warn(f"{kept} is not there (deleted, or no space to write it): the last weights are taken.")
+    # One process looks and decides: on a file system of several machines the others may see something else.
+    if (kept := from_first(lambda: best_weights(context, checkpoint.best_model_path))) is not None:
+        load_checkpoint(module.model, kept)
     module.model = model = finish_training(module.model)
-    # Where the last epoch was done before the run was continued, only the file knows its values.
-    values = last_values(logged_rows(directory.path))
-    values |= {key: float(value) for key, value in trainer.callback_metrics.items()}
-    if diverged := [key for key, value in values.items() if not math.isfinite(value)]:
-        raise RuntimeError(
-            f"the training diverged: {', '.join(diverged)} is not finite, so nothing was saved as a model. Lower "
-            f"model.lr (now {config.model.lr:g}), or set trainer.gradient_clip_val=1."
-        )
-    if context.is_main:
+
+    def finish() -> None:
+        # Where the last epoch was done before the run was continued, only the file knows its values.
+        values = last_values(logged_rows(directory.path))
+        values |= {key: float(value) for key, value in trainer.callback_metrics.items()}
+        if diverged := [key for key, value in values.items() if not math.isfinite(value)]:
+            raise RuntimeError(
+                f"the training diverged: {', '.join(diverged)} is not finite, so nothing was saved as a model. Lower "
+                f"model.lr (now {config.model.lr:g}), or set trainer.gradient_clip_val=1."
+            )
         save_model(model, data.tokenizer, directory / "model")
         directory.add_summary(values | best_values(logged_rows(directory.path)))
         score = checkpoint.best_model_score
         epoch = trainer.current_epoch
         best = f"best {monitor} {float(score):.4f}, " if score is not None else ""
         context.console.say(f"fit      {best}{epoch} epochs, {trainer.global_step:,} steps → {directory / 'model'}")
-    trainer.strategy.barrier("model saved")
+
+    from_first(finish)  # not stopped by a signal: what the training came to is saved first
+
+
+def best_weights(context: RunContext, path: str) -> str | None:
+    """The file of the best weights; None where there is none, which is said."""
+    if not path:
+        return None
+    # By its name: the run directory may have been moved since.
+    kept = context.directory / "checkpoints" / Path(path).name
+    if kept.exists():
+        return str(kept)
+    context.console.warn(f"{kept} is not there (deleted, or no space to write it): the last weights are taken.")
+    return None
 
 
 def _probe_options(context: RunContext) -> dict[str, Any] | None:

@@ -37,9 +37,12 @@ _PROBE_CURVES = (
 
 def run_stage(context: RunContext) -> None:
     """Write `report.html`."""
-    if context.is_main:
+
+    def write() -> None:
         path = write_report(context.directory.path)
         context.console.say(f"report   {path} · {path.stat().st_size / 1e6:.1f} MB")
+
+    context.alone(write)
 
 
 def write_report(run: str | Path) -> Path:
@@ -62,7 +65,10 @@ def collect(directory: RunDirectory) -> ReportData:
 
     config = load(directory.path, check=False)
     files = shards(directory / "explanations")
-    label_names = table_metadata(files[0]).get("label_names", []) if files else []
+    written = table_metadata(files[0]) if files else {}
+    # The configuration is of the run's start; what was explained may have been asked for when it was continued.
+    methods = list(written.get("methods", config.explain.methods))
+    label_names = written.get("label_names", [])
     benchmark = read_benchmark(directory / BENCHMARK_FILE)
     tests = {(row.method, row.control, row.metric): row for row in benchmark if row.group == "all"}
     metrics = [
@@ -90,10 +96,10 @@ def collect(directory: RunDirectory) -> ReportData:
         versions={key: str(value) for key, value in _versions(directory).items()},
         curves=curves,
         metrics=metrics,
-        samples=_samples(directory, config.explain.methods),
+        samples=_samples(directory, methods),
         explained=len({row["sample_id"] for row in read_rows(directory / "explanations", columns=["sample_id"])}),
         label_names=label_names,
-        primary_method=config.explain.methods[0],
+        primary_method=methods[0],
         failures=directory.failures,
         benchmark=benchmark,
         concepts=read_concepts(directory / CONCEPTS_FILE),
