@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from calig.callbacks.collectives import gather
-from calig.callbacks.development import Development, layer_shares, probe_scalars
+from calig.callbacks.development import Development, layer_shares, probe_scalars, sample_metrics
 from calig.callbacks.media import MediaLog, probe_media
 from calig.callbacks.probe import Probe, explain_each, numbered
 from calig.callbacks.sharded import is_sharded, whole_copy
@@ -21,6 +21,7 @@ from calig.callbacks.target import candidates, check_strategy, find_model, first
 from calig.pipeline.attribution import UnsupportedModelError
 from calig.pipeline.errors import InputError
 from calig.pipeline.explainer import Explainer, ExplainSettings, SampleFailure, perturbation_tokens, settings_for
+from calig.pipeline.perturbation import Curves, perturbation_curves
 from calig.pipeline.records import EXPLANATION_SCHEMA, write_table
 
 
@@ -106,7 +107,8 @@ class AttributionCallback(Callback):
         self._probe: Probe | None = None
         self._last = Development()
         self._shown: list[dict[str, Any]] = []
-        self._profile: list[float] = []
+        self._profiles: dict[int, list[float]] = {}
+        self._curves: dict[tuple[str, str], Curves] = {}
         self._media: MediaLog | None = None
         self._warned: set[str] = set()
 
@@ -178,7 +180,7 @@ class AttributionCallback(Callback):
             return
         try:
             names = self.label_names or []
-            media = probe_media(self.method, self._shown, self._profile, names, trainer.current_epoch)
+            media = probe_media(self.method, self._shown, self._profiles, self._curves, names, trainer.current_epoch)
         except Exception as error:
             self._warn_once("pictures", f"the pictures could not be drawn: {type(error).__name__}: {error}")
         else:
@@ -197,7 +199,7 @@ class AttributionCallback(Callback):
     def _connect(self, pl_module: LightningModule) -> None:
         model = find_model(pl_module, self.model)
         if self._explainer is not None and self._explainer.model.module is not model:
-            self._last = Development()  # of another training
+            self._last, self._profiles = Development(), {}  # of another training
         operator = self.operator
         if operator is None:
             operator = "attention" if perturbation_tokens(model, self.tokenizer).mask_id is None else "mask"
@@ -252,8 +254,11 @@ class AttributionCallback(Callback):
             probe = self._choose(trainer)
             chunks = probe.chunks(trainer.global_rank, trainer.world_size)
             mine = explain_each(self._current(), probe, chunks, trainer.strategy.batch_to_device)
-        explanations = numbered(gather(mine.explanations))
-        metrics, failures = gather(mine.metrics), gather(mine.failures)
+        explanations, metrics, failures = gather(mine.explanations), gather(mine.metrics), gather(mine.failures)
+        # Metric rows have the index in the dataset; the data may number its samples otherwise.
+        values = sample_metrics(metrics)
+        curves = perturbation_curves(metrics, {row["sample_id"]: row["probability"] for row in explanations})
+        explanations = numbered([{**row, "metrics": values.get(row["sample_id"], {})} for row in explanations])
         if failures and self.strict:
             first = failures[0]
             raise SampleFailure(
@@ -261,6 +266,7 @@ class AttributionCallback(Callback):
             )
         try:
             scalars = self._scalars(trainer, explanations, metrics)
+            self._curves = curves
         except Exception as error:  # all processes have the same rows, and so the same error
             self._warn_once("scalars", f"the scalars could not be computed: {type(error).__name__}: {error}")
             scalars = {}
@@ -282,8 +288,10 @@ class AttributionCallback(Callback):
         self, trainer: Trainer, explanations: list[dict[str, Any]], metrics: list[dict[str, Any]]
     ) -> dict[str, float]:
         self._shown = explanations[: self.num_shown]
-        self._profile = layer_shares(explanations)
-        scalars = probe_scalars(self.method, explanations, metrics, self._profile)
+        profile = layer_shares(explanations)
+        if profile:
+            self._profiles[trainer.current_epoch] = profile
+        scalars = probe_scalars(self.method, explanations, metrics, profile)
         if (moved := self._last.advance(explanations, trainer.current_epoch)) is not None:
             scalars[f"val/explain/{self.method}/drift"] = moved
         return scalars

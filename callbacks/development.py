@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calig.pipeline.costs import COSTS
 from calig.pipeline.explainer import scalar_key
-from calig.pipeline.metrics import drift, layer_profile, summarise
+from calig.pipeline.metrics import drift, layer_profile, metric_key, summarise
 
 Rows = Sequence[Mapping[str, Any]]
+# Has a column of its own, is no quality of the explanation, or is a part of another metric.
+_NOT_IN_TABLES = ("completeness_gap", "auprc_base_rate", "iou_precision", "iou_recall", *COSTS)
 
 
 @dataclass
@@ -70,6 +73,17 @@ def layer_shares(explanations: Rows) -> list[float]:
     layered = [torch.tensor(row["layer_scores"]) for row in explanations if row["layer_scores"] is not None]
     shares = [layer_profile(one[None], torch.ones(1, one.shape[1], dtype=torch.bool))[0] for one in layered]
     return torch.stack(shares).mean(dim=0).tolist() if shares else []
+
+
+def sample_metrics(metrics: Rows) -> dict[int, dict[str, float]]:
+    """Sample id -> the method's own metrics on it, under the names of the scalars; without logits and variants."""
+    values: dict[int, dict[str, float]] = {}
+    for row in metrics:
+        own = row["control"] == "none" and row["q"] is None and row["space"] != "logit"
+        variant = row["metric"].endswith("@absolute") or row["metric"] in _NOT_IN_TABLES
+        if own and row["value"] is not None and not variant:
+            values.setdefault(row["sample_id"], {})[metric_key(row)] = row["value"]
+    return values
 
 
 def probe_scalars(method: str, explanations: Rows, metrics: Rows, profile: Sequence[float]) -> dict[str, float]:

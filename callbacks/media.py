@@ -1,18 +1,31 @@
-"""Pictures and pages to whichever loggers a Trainer has."""
+"""Pictures, pages, tables and charts to whichever loggers a Trainer has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from calig.pipeline.loading import rationale_by_word
-from calig.pipeline.render.figures import layer_heatmap, layer_profile
-from calig.pipeline.render.tokens import token_html
+from calig.pipeline.perturbation import KEPT, REMOVED, Curves
+from calig.pipeline.render.figures import figure_image, layer_heatmap, layer_profile
+from calig.pipeline.render.lines import lines_figure
+from calig.pipeline.render.tokens import plain_markdown, token_html, token_markdown
 
-_COLUMNS = ("epoch", "sample_id", "text", "label", "prediction", "probability", "completeness_gap", "layers")
+_COLUMNS = ("epoch", "sample_id", "text", "label", "prediction", "probability", "completeness_gap")
+_MAX_LINES = 8
+
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
+
+
+class Chart(NamedTuple):
+    """Lines over one x axis: name -> (x, y) points."""
+
+    title: str
+    x_name: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
 
 
 def logger_kind(logger: Any) -> str:
@@ -48,24 +61,28 @@ class MediaLog:
         step: int,
         *,
         html: Mapping[str, str] | None = None,
+        texts: Mapping[str, str] | None = None,
         images: Mapping[str, Image.Image] | None = None,
-        tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] | None = None,
+        tables: Mapping[str, Table] | None = None,
+        charts: Mapping[str, Chart] | None = None,
     ) -> None:
         """Log media under their keys.
 
         Args:
             step: The Trainer's global step; W&B takes it as the metric `trainer/global_step`, never as its own step.
-            html: Key -> fragment, already escaped.
+            html: Key -> fragment, already escaped, for W&B.
+            texts: Key -> Markdown, already escaped, for TensorBoard, which would strip the colours off HTML.
             images: Key -> image.
-            tables: Key -> columns and rows; a cell may be an image, or an `Html` string.
+            tables: Key -> columns and rows; a cell may be an image, or an `Html` string. W&B alone shows them.
+            charts: Key -> lines: line series in W&B, a picture in TensorBoard.
         """
         for logger in list(self.loggers):
             try:
                 kind = logger_kind(logger)
                 if kind == "wandb":
-                    self._to_wandb(logger, step, html or {}, images or {}, tables or {})
+                    self._to_wandb(logger, step, html or {}, images or {}, tables or {}, charts or {})
                 elif kind == "tensorboard":
-                    self._to_tensorboard(logger, step, html or {}, images or {})
+                    self._to_tensorboard(logger, step, texts or {}, images or {}, charts or {})
             except Exception as error:
                 self.loggers.remove(logger)
                 rank_zero_warn(
@@ -79,7 +96,8 @@ class MediaLog:
         step: int,
         html: Mapping[str, str],
         images: Mapping[str, Image.Image],
-        tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]],
+        tables: Mapping[str, Table],
+        charts: Mapping[str, Chart],
     ) -> None:
         import wandb
 
@@ -93,28 +111,48 @@ class MediaLog:
         for key, (columns, rows) in tables.items():
             # A fresh table per event: logging the same object again does nothing.
             media[key] = wandb.Table(columns=list(columns), data=[[cell(value) for value in row] for row in rows])
+        for key, chart in charts.items():
+            names = list(chart.lines)
+            xs = [[x for x, _ in chart.lines[name]] for name in names]
+            ys = [[y for _, y in chart.lines[name]] for name in names]
+            media[key] = wandb.plot.line_series(xs=xs, ys=ys, keys=names, title=chart.title, xname=chart.x_name)
         logger.log_metrics(media, step=step)
 
     @staticmethod
-    def _to_tensorboard(logger: Any, step: int, html: Mapping[str, str], images: Mapping[str, Image.Image]) -> None:
+    def _to_tensorboard(
+        logger: Any,
+        step: int,
+        texts: Mapping[str, str],
+        images: Mapping[str, Image.Image],
+        charts: Mapping[str, Chart],
+    ) -> None:
         import torch
 
-        for key, image in images.items():
+        drawn = {
+            key: figure_image(lines_figure(chart.lines, chart.title, chart.x_name)) for key, chart in charts.items()
+        }
+        for key, image in {**images, **drawn}.items():
             pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
             logger.experiment.add_image(key, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
-        for key, text in html.items():
+        for key, text in texts.items():
             logger.experiment.add_text(key, text, step)
 
 
 def probe_media(
-    method: str, rows: Sequence[Mapping[str, Any]], profile: Sequence[float], label_names: Sequence[str], epoch: int
+    method: str,
+    rows: Sequence[Mapping[str, Any]],
+    profiles: Mapping[int, Sequence[float]],
+    curves: Mapping[tuple[str, str], Curves],
+    label_names: Sequence[str],
+    epoch: int,
 ) -> dict[str, Any]:
     """The pictures of a probe, as arguments of `MediaLog.log`.
 
     Args:
         method: The attribution method.
-        rows: Explanations to show, at least one.
-        profile: Share of the relevance per block, or empty.
+        rows: Explanations to show, at least one; `metrics` holds those of the sample, by name.
+        profiles: Epoch -> share of the relevance per block; empty for methods without layers.
+        curves: Of `perturbation_curves`, averaged over the probe.
         label_names: Class names, as far as they are known.
         epoch: For the table.
     """
@@ -124,25 +162,55 @@ def probe_media(
             return None
         return label_names[index] if 0 <= index < len(label_names) else str(index)
 
+    metrics = sorted({name for row in rows for name in row.get("metrics", {})})
     table: list[list[Any]] = []
+    paragraphs = []
     for row in rows:
         title = f"#{row['sample_id']} · {name(row['target'])} p={row['probability']:.2f}"
         if row["label"] is not None:
             title += f" · label {name(row['label'])}"
+        plain = token_markdown(row["tokens"], row["scores"], word_ids=row["word_ids"])
+        paragraphs.append(f"{plain_markdown(title)}\n\n{plain}")
         marks = rationale_by_word(row)
         text = token_html(row["tokens"], row["scores"], rationale=marks, title=title, word_ids=row["word_ids"])
         heatmap = layer_heatmap(row["tokens"], row["layer_scores"]) if row["layer_scores"] is not None else None
         facts = [name(row["label"]), name(row["prediction"]), row["probability"], row["completeness_gap"]]
-        table.append([epoch, row["sample_id"], Html(text), *facts, heatmap])
+        values = [row.get("metrics", {}).get(key) for key in metrics]
+        table.append([epoch, row["sample_id"], Html(text), *facts, *values, heatmap])
     prefix = f"val/explain/{method}"
     images = {} if table[0][-1] is None else {f"{prefix}/layers": table[0][-1]}
-    if profile:
-        images[f"{prefix}/layer_profile_image"] = layer_profile(list(profile))
+    charts = {f"{prefix}/{key}": chart for key, chart in perturbation_charts(curves, [method]).items()}
+    if profiles:
+        images[f"{prefix}/layer_profile_image"] = layer_profile(list(profiles[max(profiles)]))
+        charts[f"{prefix}/layer_profile_chart"] = profile_chart(profiles)
     return {
         "html": {f"{prefix}/tokens": "\n".join(line[2] for line in table)},
+        "texts": {f"{prefix}/tokens": "\n\n---\n\n".join(paragraphs)},
         "images": images,
-        "tables": {f"{prefix}/samples": (_COLUMNS, table)},
+        "tables": {f"{prefix}/samples": ((*_COLUMNS, *metrics, "layers"), table)},
+        "charts": charts,
     }
+
+
+def profile_chart(profiles: Mapping[int, Sequence[float]]) -> Chart:
+    """The layer profile, a line per probe; of many probes, evenly spread ones from the first to the last."""
+    epochs = sorted(profiles)
+    if len(epochs) > _MAX_LINES:
+        epochs = [epochs[round(i * (len(epochs) - 1) / (_MAX_LINES - 1))] for i in range(_MAX_LINES)]
+    lines = {f"epoch {epoch}": [(float(i), y) for i, y in enumerate(profiles[epoch], start=1)] for epoch in epochs}
+    return Chart("Share of |relevance| by block", "block", lines)
+
+
+def perturbation_charts(curves: Mapping[tuple[str, str], Curves], methods: Sequence[str]) -> dict[str, Chart]:
+    """`perturbation_removed` and `perturbation_kept`: the methods and, beside them, the controls of the first one."""
+    wanted = {name: (name, "none") for name in methods if name != "random"}
+    wanted |= {"random": ("random", "random"), f"{methods[0]} reversed": (methods[0], "reversed")}
+    charts = {}
+    for kind, title in ((REMOVED, "most relevant words removed"), (KEPT, "only the most relevant words kept")):
+        lines = {name: curves[key][kind] for name, key in wanted.items() if kind in curves.get(key, {})}
+        if lines:
+            charts[f"perturbation_{kind}"] = Chart(f"Probability, {title}", "share of the words", lines)
+    return charts
 
 
 class Html(str):

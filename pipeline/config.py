@@ -241,6 +241,9 @@ class CheckpointConfig:
     every_n_steps: int | None = _key(None, "optimiser steps between two checkpoints within an epoch", low=1)
 
 
+ARTIFACTS = ("explanations", "model", "report")
+
+
 @dataclass
 class WandbConfig:
     """Weights & Biases."""
@@ -249,6 +252,11 @@ class WandbConfig:
     project: str = _key("calig", "project")
     entity: str | None = _key(None, "user or team (null: the account's default)")
     tags: list[str] = _key([], "tags of the run")
+    group: str | None = _key(None, "runs of one group are compared together (null: WANDB_RUN_GROUP, else none)")
+    job_type: str | None = _key(None, "kind of run within its group (null: train with the stage fit, else evaluate)")
+    artifacts: list[str] = _key(
+        list(ARTIFACTS), f"what is logged as artifacts at the end: any of {', '.join(ARTIFACTS)}"
+    )
 
 
 @dataclass

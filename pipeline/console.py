@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -115,19 +117,36 @@ class Console:
         if note:
             self.say(note)
 
-    def results(self, folder: Path, failed: int) -> None:
-        """Say where to look, at the end of a run."""
+    def results(self, folder: Path, failed: int, headlines: Mapping[str, str] | None = None) -> None:
+        """Say what came out and where to look, at the end of a run.
+
+        Args:
+            folder: The run directory.
+            failed: Explanations that failed.
+            headlines: What came out, name -> value as text.
+        """
         seconds = time.monotonic() - self._start
-        self.say(f"\ndone in {seconds:.0f} s; look at")
+        rows = []
         for name, what in (
             ("report.html", "the page to open in a browser"),
             ("summary.json", "every number"),
             ("benchmark.csv", "the methods compared, with tests"),
             ("explanations", "parquet, one row per sample and method"),
             ("model", "the best weights, a Hugging Face folder"),
-            ("wandb", "the offline run: `wandb sync` uploads it"),
         ):
             if (folder / name).exists():
-                self.say(f"  {folder / name!s:<40} {what}")
+                rows.append((str(folder / name), what))
+        # The shell expands the pattern: several sessions of one run are uploaded in their order.
+        if any((folder / "wandb").glob("offline-run-*")):
+            rows.append((f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*", "uploads the offline run"))
+        self.say(f"\n── done in {seconds:.0f} s {'─' * (52 - len(f'{seconds:.0f}'))}")
+        width = max(map(len, headlines or ()), default=0)
+        for name, value in (headlines or {}).items():
+            self.say(f"  {name:<{width}}  {value}")
+        if headlines:
+            self.say("")
+        width = max((len(path) for path, _ in rows), default=0)
+        for path, what in rows:
+            self.say(f"  {path:<{width}}  {what}")
         if failed:
             self.warn(f"{failed} explanations failed; see {folder / 'failures.jsonl'}")

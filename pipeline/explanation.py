@@ -15,6 +15,7 @@ from rich.text import Text
 
 from calig.pipeline.errors import InputError
 from calig.pipeline.loading import rationale_by_word
+from calig.pipeline.perturbation import KEPT, REMOVED, Curves
 from calig.pipeline.render.color import OPPOSES, SUPPORTS, abs_scale, hex_color
 from calig.pipeline.render.pieces import Word, join_pieces, merge_pieces
 from calig.pipeline.render.tokens import token_html, token_text
@@ -47,6 +48,8 @@ class Explanation:
         error_bound: The bound on that gap measured from the path itself, where there is one.
         steps_used: Nodes of the path; 1 without a path.
         converged: Whether the bound (else the gap) stayed within the tolerance.
+        curves: `none` (the method's own ranking) and the controls `reversed` and `random` -> perturbation curves
+            (`calig.pipeline.perturbation`); None where they were not measured.
         label_names: Class names in the order of their indices; without them classes are shown as numbers.
     """
 
@@ -65,6 +68,7 @@ class Explanation:
     error_bound: float | None = None
     steps_used: int = 1
     converged: bool = True
+    curves: Mapping[str, Curves] | None = None
     label_names: tuple[str, ...] = ()
 
     @classmethod
@@ -73,7 +77,7 @@ class Explanation:
         layers = row.get("layer_scores")
         word_ids, rationale = row.get("word_ids"), row.get("rationale")
         names = ("method", "prediction", "target", "probability", "sample_id", "label")
-        more = ("completeness_gap", "error_bound", "steps_used", "converged")
+        more = ("completeness_gap", "error_bound", "steps_used", "converged", "curves")
         return cls(
             tokens=tuple(row["tokens"]),
             scores=tuple(row["scores"]),
@@ -163,6 +167,38 @@ class Explanation:
 
         self._layers()
         return _shown(layer_profile_figure(self.layer_profile or [], self.summary()))
+
+    def plot_flow(self) -> Figure:
+        """Lines: how the relevance of each word moves from block 1 to the decision; the strongest words are named.
+
+        Raises:
+            InputError: The method has no layer scores.
+        """
+        from calig.pipeline.render.lines import flow_figure
+
+        words = [word for word in self.words if not word.special]
+        rows = [[sum(layer[i] for i in word.positions) for word in words] for layer in self._layers()]
+        return _shown(flow_figure([word.text for word in words], rows, self.summary()))
+
+    def plot_curves(self) -> Figure:
+        """Perturbation curves beside their controls: the probability as the most relevant words go, or stay alone.
+
+        Raises:
+            InputError: The curves were not measured.
+        """
+        from calig.pipeline.render.lines import curves_figure
+
+        if not self.curves:
+            raise InputError(
+                "this explanation holds no perturbation curves, which take forward passes of their own; "
+                "explain(..., curves=True) measures them."
+            )
+        names = {"none": self.method, "random": "random", "reversed": "reversed"}
+        panels = {
+            title: {name: self.curves[key][kind] for key, name in names.items() if kind in self.curves.get(key, {})}
+            for kind, title in ((REMOVED, "most relevant words removed"), (KEPT, "only the most relevant words kept"))
+        }
+        return _shown(curves_figure({title: lines for title, lines in panels.items() if lines}, self.summary()))
 
     def _repr_html_(self) -> str:
         text = token_html(

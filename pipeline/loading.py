@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet as pq
+
 from calig.pipeline.errors import InputError
-from calig.pipeline.records import read_scalars, shards, table_metadata
+from calig.pipeline.perturbation import CURVE_METRICS, Curves, perturbation_curves
+from calig.pipeline.records import read_bins, read_rows, read_scalars, shards, table_metadata
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +41,24 @@ def learning_curves(run: str | Path) -> dict[str, list[tuple[float, float]]]:
             if text and key not in ("epoch", "step"):
                 curves.setdefault(key, []).append((float(row["step"]), float(text)))
     return curves
+
+
+def mean_curves(run: str | Path) -> dict[tuple[str, str], Curves]:
+    """The perturbation curves of a run, averaged over all its samples: (method, control) -> curves."""
+    rows = read_rows(Path(run) / "explanations", columns=["sample_id", "probability"])
+    probabilities = {row["sample_id"]: row["probability"] for row in rows}
+    return perturbation_curves(read_bins(Path(run) / "metrics", list(CURVE_METRICS)), probabilities)
+
+
+def read_probes(run: str | Path) -> list[tuple[int, int, list[dict[str, Any]]]]:
+    """The probes of a run: (epoch, optimiser step, explanation rows), in the order of the training."""
+    probes = []
+    for file in sorted(Path(run).glob("probe/epoch-*-step-*.parquet")):
+        _, epoch, _, step = file.stem.split("-")
+        table_metadata(file)  # refuses what a later version wrote
+        with pq.ParquetFile(file) as opened:  # a dataset reader would make columns of `key=value` in the path
+            probes.append((int(epoch), int(step), opened.read().to_pylist()))
+    return probes
 
 
 def rationale_by_word(row: Mapping[str, Any]) -> list[int] | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from calig.pipeline.config import Config
 from calig.pipeline.console import Console
 from calig.pipeline.records import atomic_write, read_scalars
+from calig.pipeline.wandb_run import identity
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -117,13 +118,14 @@ def _wandb_logger(config: Config, folder: Path, console: Console, *, main: bool)
 
     settings = config.logger.wandb
     target = folder / "wandb"
-    identity = target / "run-id"
+    known_id = target / "run-id"
     # Offline media and artifacts go where WANDB_DATA_DIR says; the default is outside the run directory.
     os.environ["WANDB_DATA_DIR"] = str(target.resolve())
     try:
         import wandb
 
         target.mkdir(exist_ok=True)
+        about = identity(config, folder)
         logger = _guarded(WandbLogger, "Weights & Biases", console)(
             name=config.run.name,
             project=settings.project,
@@ -132,8 +134,10 @@ def _wandb_logger(config: Config, folder: Path, console: Console, *, main: bool)
             offline=settings.mode == "offline",
             tags=settings.tags or None,
             # A run that is continued stays one run; offline, its parts are files of their own under one id.
-            id=identity.read_text(encoding="utf8").strip() if identity.exists() else None,
-            config=dataclasses.asdict(config),
+            id=known_id.read_text(encoding="utf8").strip() if known_id.exists() else None,
+            group=about["group"],
+            job_type=about["job_type"],
+            config=dataclasses.asdict(config) | about["config"],
             settings=wandb.Settings(silent=True),
         )
         # Reach the service now: a run is told at its start, not after an epoch. Lightning passes an argument that
@@ -145,7 +149,7 @@ def _wandb_logger(config: Config, folder: Path, console: Console, *, main: bool)
             if line.strip() and "anonymous setting" not in line and "resume will be ignored" not in line:
                 console.say(line)
         if main:
-            atomic_write(identity, str(logger.experiment.id))
+            atomic_write(known_id, str(logger.experiment.id))
         return logger
     except Exception as error:
         console.warn(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from calig.pipeline.errors import InputError
@@ -175,6 +176,14 @@ def read_numbers(folder: Path) -> Iterator[dict[str, Any]]:
     """The rows of a metrics table that statistics are made of: those of single bins, most of it, are never unpacked."""
     for batch in _batches(folder, None):
         yield from batch.filter(batch.column("q").is_null()).to_pylist()
+
+
+def read_bins(folder: Path, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of single bins of some metrics on probabilities: what perturbation curves are drawn from."""
+    wanted = pa.array(metrics, pa.string())
+    for batch in _batches(folder, None):
+        chosen = pc.and_(batch.column("q").is_valid(), pc.is_in(batch.column("metric"), wanted))
+        yield from batch.filter(pc.and_(chosen, pc.equal(batch.column("space"), "probability"))).to_pylist()
 
 
 def read_samples(folder: Path, columns: list[str]) -> Iterator[list[dict[str, Any]]]:

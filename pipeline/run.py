@@ -17,6 +17,7 @@ from calig.pipeline.directory import RunDirectory, is_main_process, open_directo
 from calig.pipeline.errors import InputError
 from calig.pipeline.loggers import finish_loggers, logged_rows, make_loggers
 from calig.pipeline.signals import REQUEUE, Stopped, StopSignals, let_parent_end, requeue
+from calig.pipeline.wandb_run import add_summary, log_artifacts
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -300,6 +301,11 @@ class RunContext:
                 self.console.warn(f"{type(logger).__name__} failed: {type(error).__name__}: {error}")
         self.directory.add_summary(values)
 
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Add values to `summary.json` and to the summaries of the loggers, without a point on a curve."""
+        self.directory.add_summary(values)
+        add_summary(self.loggers, values, self.console)
+
 
 def run(config: Config) -> int:
     """Run the stages of a configuration.
@@ -362,6 +368,8 @@ def _run(config: Config) -> int:
                             directory.mark_finished(stage)
                         if stage != todo[-1]:
                             end_if_asked(signals)
+                    if main and "loggers" in vars(context):
+                        log_artifacts(context.loggers, directory.path, config.logger.wandb.artifacts, console)
                 finally:
                     if "loggers" in vars(context):
                         finish_loggers(context.loggers, directory.path, console, main=main)
@@ -371,7 +379,7 @@ def _run(config: Config) -> int:
                 from_first(partial(_say_stopped, stop, directory, console))
                 raise
             if main:
-                console.results(directory.path, len(directory.failures))
+                console.results(directory.path, len(directory.failures), headlines(directory, config))
             # The others would look before the first process has written it.
             return from_first(lambda: 3 if directory.failures else 0)
     except BaseException:
@@ -386,6 +394,25 @@ def _say_stopped(stop: Stopped, directory: RunDirectory, console: Console) -> No
     console.say(f"\nended by {stop}; {again}")
     if stop.asked == REQUEUE and console.main and (done := requeue()) is not None:
         console.say(done)
+
+
+def headlines(directory: RunDirectory, config: Config) -> dict[str, str]:
+    """What is read first: the model on the test split, and the primary method beside the random ranking."""
+    from calig.pipeline.render.labels import metric, number
+
+    summary, method = directory.summary, config.explain.methods[0]
+    found = {}
+    for split in ("test", "val"):
+        if f"{split}/accuracy" in summary:
+            for name in ("accuracy", "f1"):
+                found[f"{split} {name}"] = number(summary.get(f"{split}/{name}"), name)
+            break
+    for name in ("comprehensiveness", "sufficiency", "token_f1", "completeness_gap"):
+        value, control = (summary.get(f"explain/{who}/{name}") for who in (method, "random"))
+        if value is not None:
+            beside = "" if control is None else f"random {number(control, name)}"
+            found[f"{method} {metric(name).label} {metric(name).arrow}"] = f"{number(value, name):<10}{beside}".rstrip()
+    return found
 
 
 def _results(directory: RunDirectory) -> Path:

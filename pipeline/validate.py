@@ -18,6 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from calig.pipeline.config import (
+    ARTIFACTS,
     CALIBRATED,
     CALIBRATION_FILE,
     KNOWN_STAGES,
@@ -135,6 +136,9 @@ def check_values(config: Config, origins: Origins) -> None:
         _no_repeats("explain.operator", config.explain.operator, origins)
     _check_order(config, origins)
     _check_metrics(config.explain, origins)
+    for name in config.logger.wandb.artifacts:
+        _among("logger.wandb.artifacts", "artifact", name, ARTIFACTS, origins)
+    _no_repeats("logger.wandb.artifacts", config.logger.wandb.artifacts, origins)
     _check_calibration(config, origins)
     _check_concepts(config, origins)
     _check_data(config, origins)

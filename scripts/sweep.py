@@ -139,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.exit(f"--only {options.only}: the grid has {len(grid)} combinations, from 0.")
         chosen = grid[options.only]
         line = command(options.out / run_name(options.only, chosen), options.overrides, chosen)
+        os.environ.setdefault("WANDB_RUN_GROUP", options.out.name)
         os.execv(line[0], line)  # the signals of the job reach the run itself
     slots: queue.Queue[str | None] = queue.Queue()
     for gpu in options.gpus.split(",") if options.gpus else [None] * max(1, options.jobs):
@@ -151,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def one(index: int) -> int:
         folder = options.out / run_name(index, grid[index])
         gpu = slots.get()
-        environment = {**os.environ, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})}
+        environment = {"WANDB_RUN_GROUP": options.out.name, **os.environ}
+        environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         try:
             with folder.with_suffix(".log").open("a", encoding="utf8") as log:
                 line = command(folder, options.overrides, grid[index])

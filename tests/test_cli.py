@@ -61,7 +61,7 @@ def test_a_run_leaves_what_the_house_says(run_dir):
     assert len(list((run_dir / "probe").glob("epoch-*.parquet"))) == 2
     assert not list(run_dir.rglob("*.tmp"))
     assert not (run_dir / "failures.jsonl").exists()
-    assert "look at" in (run_dir / "log.txt").read_text()
+    assert "── done in" in (run_dir / "log.txt").read_text()
 
 
 def test_explanations_follow_the_schema(run_dir):
@@ -147,29 +147,6 @@ def test_summary_has_the_scalar_keys(run_dir):
 def _is(row, method, metric):
     mean = row["q"] is None and row["control"] == "none" and row["space"] in (None, "probability")
     return mean and (row["method"], row["metric"]) == (method, metric)
-
-
-def test_the_offline_wandb_run_can_be_read_back(run_dir):
-    from wandb_records import read_offline_run
-
-    run = read_offline_run(run_dir)
-    assert run.config["model"]["scratch"]["layers"] == 2
-    history = {key for row in run.history for key in row}
-    prefix = "val/explain/ca_lig"
-    assert {"train/loss", "val/accuracy", f"{prefix}/completeness_gap", "explain/ca_lig/token_f1"} <= history
-    assert "trainer/global_step" in history
-    pages = [row[f"{prefix}/tokens/path"] for row in run.history if f"{prefix}/tokens/path" in row]
-    assert len(pages) == 2, "one per probe"
-    files = next((run_dir / "wandb").glob("offline-run-*")) / "files"
-    text = (files / pages[0]).read_text()
-    assert "<span" in text and "http" not in text
-    image = next(row[f"{prefix}/layers/path"] for row in run.history if f"{prefix}/layers/path" in row)
-    assert (files / image).stat().st_size > 1000
-    table = next(row[f"{prefix}/samples/path"] for row in run.history if f"{prefix}/samples/path" in row)
-    content = json.loads((files / table).read_text())
-    assert content["columns"][:3] == ["epoch", "sample_id", "text"] and len(content["data"]) == 4
-    # Nothing of the run lies outside its directory.
-    assert list((run_dir / "wandb").glob("artifacts/*"))
 
 
 def test_load_explanations(run_dir):

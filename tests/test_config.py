@@ -30,7 +30,7 @@ KEYS = {
     "concepts.": "sets random_sets set_size split num_samples target weights layers",
     "probe.": "enabled method num_samples every_n_epochs steps",
     "checkpoint.": "every_n_minutes every_n_steps",
-    "logger.wandb.": "mode project entity tags",
+    "logger.wandb.": "mode project entity tags group job_type artifacts",
 }
 
 
@@ -299,6 +299,7 @@ ERRORS = {
     "option word": ("explain.options.ca_lig.fusion=colum", "Did you mean 'column'?"),
     "option as value": ("explain.options.ca_lig=3", "explain.options.ca_lig: expected dict", "got 3"),
     "own trainer argument": ("trainer.logger=false", "trainer.logger is not free", "logger.wandb.mode"),
+    "artifact": ("logger.wandb.artifacts=[modell]", "logger.wandb.artifacts: unknown artifact 'modell'", "'model'"),
     "callbacks": ("trainer.callbacks=[]", "trainer.callbacks is not free"),
     "yaml boolean as label": ("data.label_map={no: negative}", "data.label_map.false", "quotes"),
     "no data": ("data.name=null", "data.name and data.path are both null", "data.path=", "data.name=controlled"),

@@ -1,5 +1,6 @@
 """`explain` and `Explanation`: one path for a run, a folder, a checkpoint and a live model."""
 
+import dataclasses
 import shutil
 import warnings
 
@@ -328,6 +329,53 @@ def test_figures():
         flat.plot_layers()
     with pytest.raises(InputError, match="no layer scores"):
         flat.plot_profile()
+
+
+def test_the_flow_of_words_through_the_blocks():
+    axes = HAND.plot_flow().axes[0]
+    drawn = [list(line.get_ydata()) for line in axes.lines]
+    for word in (word for word in HAND.words if not word.special):
+        assert [sum(layer[i] for i in word.positions) for layer in HAND.layer_scores] in drawn, word.text
+    assert {text.get_text() for text in axes.texts} == {"not", "<b>"}, "what ends at zero has no name"
+    with pytest.raises(InputError, match="no layer scores"):
+        dataclasses.replace(HAND, layer_scores=None).plot_flow()
+
+
+def test_labels_keep_their_order_and_their_distance():
+    from calig.pipeline.render.lines import _apart
+
+    heights = [0.0, 1.0, 1.01, 1.02, 5.0, -2.0]
+    moved = _apart(heights, 0.5)
+    assert moved == pytest.approx([0.0, 0.51, 1.01, 1.51, 5.0, -2.0]), "only the crowd gives way, to both sides"
+    assert _apart([], 1.0) == []
+
+
+def test_curves_are_measured_where_they_are_asked_for(tmp_path):
+    model, tokenizer = make_folder(tmp_path)
+    assert explain(tmp_path, TEXTS[:1])[0].curves is None
+    with pytest.raises(InputError, match=r"explain\(\.\.\., curves=True\)"):
+        explain(tmp_path, TEXTS[:1])[0].plot_curves()
+    for explanation in explain(tmp_path, TEXTS, curves=True, method="input_x_gradient"):
+        assert set(explanation.curves) == {"none", "reversed", "random"}
+        ids = torch.tensor([tokenizer.convert_tokens_to_ids(explanation.tokens)])
+        ranked = sorted(range(1, ids.shape[1] - 1), key=lambda i: -explanation.scores[i])
+        for q, value in explanation.curves["none"]["removed"]:
+            masked = ids.clone()
+            masked[0, ranked[: -(-int(1000 * q) * len(ranked) // 1000)]] = tokenizer.mask_token_id
+            with torch.no_grad():
+                expected = model(masked).logits.softmax(-1)[0, explanation.target]
+            assert value == pytest.approx(float(expected), abs=1e-5)
+        axes = explanation.plot_curves().axes
+        assert [one.get_title(loc="left") for one in axes] == [
+            "most relevant words removed",
+            "only the most relevant words kept",
+        ]
+        assert list(zip(*axes[0].lines[0].get_data(), strict=True)) == explanation.curves["none"]["removed"]
+        assert [text.get_text() for text in axes[0].get_legend().get_texts()] == [
+            "input_x_gradient",
+            "random",
+            "reversed",
+        ]
 
 
 @pytest.mark.slow

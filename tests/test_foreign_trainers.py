@@ -1,5 +1,6 @@
 """AttributionCallback in Trainers of every kind: their loops, what fails in them, their loggers, the other package."""
 
+import io
 import json
 import os
 import subprocess
@@ -231,7 +232,7 @@ def test_a_tensorboard_logger_gets_images_and_text(tmp_path):
             keys.append(key)
 
         def add_text(self, key, text, step):
-            assert "<" in text
+            assert "<" not in text and "**" in text
             keys.append(key)
 
     class TensorBoardLogger(CSVLogger):
@@ -244,8 +245,26 @@ def test_a_tensorboard_logger_gets_images_and_text(tmp_path):
             pass
 
     fit(tmp_path, loader(4), logger=(logger := TensorBoardLogger(tmp_path)))
-    assert set(keys) == {f"{PREFIX}/{name}" for name in ("layers", "layer_profile_image", "tokens")}
+    charts = ("perturbation_removed", "perturbation_kept", "layer_profile_chart")
+    assert set(keys) == {f"{PREFIX}/{name}" for name in ("layers", "layer_profile_image", "tokens", *charts)}
     assert GAP in logger.last
+
+
+def test_what_tensorboard_has_written_is_read_back(tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from PIL import Image
+
+    fit(tmp_path, loader(4), logger=TensorBoardLogger(tmp_path, name="board", version=""))
+    events = reading.EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert GAP in events.Tags()["scalars"] and events.Scalars(GAP)[0].step > 0
+    for name in ("layers", "layer_profile_image", "perturbation_removed", "perturbation_kept", "layer_profile_chart"):
+        (event,) = events.Images(f"{PREFIX}/{name}")
+        picture = Image.open(io.BytesIO(event.encoded_image_string))
+        assert picture.width > 300 and len(picture.getcolors(1 << 20)) > 5, name
+    (text,) = events.Tensors(f"{PREFIX}/tokens/text_summary")
+    assert b"**" in text.tensor_proto.string_val[0]
 
 
 def test_in_a_pytorch_lightning_trainer(tmp_path):

@@ -206,3 +206,33 @@ def test_a_signal_to_a_sweep_reaches_its_runs_and_starts_no_other(tmp_path):
     assert process.returncode == 143
     assert "000_seed-0: ended with 143" in shown and "001_seed-1: ended with 143" in shown
     assert not (out / "002_seed-2").exists()
+
+
+def test_the_runs_of_a_grid_are_one_group(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("sweep", SCRIPTS / "sweep.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    groups = []
+
+    def execv(program, line):
+        groups.append(os.environ["WANDB_RUN_GROUP"])
+        raise SystemExit
+
+    class Done:
+        def __init__(self, line, **given):
+            groups.append(given["env"]["WANDB_RUN_GROUP"])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(module.os, "execv", execv)
+    monkeypatch.setattr(module.subprocess, "Popen", Done)
+    arguments = ["--out", str(tmp_path / "rates"), "--grid", "seed=0"]
+    for known in (None, "mine"):
+        monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+        if known:
+            monkeypatch.setenv("WANDB_RUN_GROUP", known)
+        assert module.main(arguments) == 0
+        with pytest.raises(SystemExit):
+            module.main([*arguments, "--only", "0"])
+    assert groups == ["rates", "rates", "mine", "mine"]

@@ -12,14 +12,15 @@ from rich.console import Console
 
 from calig.pipeline.errors import InputError
 from calig.pipeline.render.color import OPPOSES, SUPPORTS, abs_scale, css_tint, rgb, unit
-from calig.pipeline.render.curves import curve_panels
+from calig.pipeline.render.curves import curve_panels, perturbation_panels
 from calig.pipeline.render.figures import layer_heatmap, layer_profile
 from calig.pipeline.render.labels import metric, number
 from calig.pipeline.render.leaderboard import leaderboards
 from calig.pipeline.render.packing import pack_scores, script_json, unpack_scores
 from calig.pipeline.render.pieces import merge_pieces
 from calig.pipeline.render.report import MetricRow, ReportData, Sample, SampleExplanation, render_report
-from calig.pipeline.render.tokens import token_html, token_text
+from calig.pipeline.render.rows import ProbeSample, ProbeState
+from calig.pipeline.render.tokens import token_html, token_markdown, token_text
 
 HOSTILE = ["<script>alert(1)</script>", "</script>", "</style>", '"><img src=x onerror=alert(2)>', "{{ 7*7 }}", "<!--"]
 AMHARIC, ARABIC, JAPANESE, EMOJI = "ሰላም", "مرحبا", "映画", "😀"
@@ -166,9 +167,19 @@ def test_a_special_token_does_not_decide_the_direction_of_the_text():
     assert '<div dir="auto"><span dir="ltr" style="font-size' in html
 
 
+def test_markdown_marks_the_strong_words_and_escapes_the_rest():
+    tokens = ["[CLS]", "good", "so", "bad", "*a*", "<b>", "[x](y)"]
+    text = token_markdown(tokens, [9, 1.0, 0.1, -0.5, 0, 0, 0.25], word_ids=[None, *range(6)])
+    assert text.startswith("&#91;CLS&#93; **good** (+1) so *bad* (-0.5) &#42;a&#42; &#60;b&#62;")
+    assert not set("<>[]`_") & set(text)
+    assert token_markdown([], []) == ""
+
+
 def test_fixed_scale_and_zero_scores():
     assert css_tint(0.5) in token_html(["a"], [1.0], scale=2.0)
     assert "rgba" not in token_html(["a", "b"], [0.0, 0.0])
+    flat = token_html(["[CLS]", "b"], [2.0, 0.0], word_ids=[None, 0], legend=True)
+    assert "no word has any relevance" in flat and "supports" not in flat
     assert "<span" not in token_html([], [])
 
 
@@ -262,18 +273,30 @@ def test_curves_share_a_panel_and_skip_what_is_not_finite():
     assert len(long) < 10_000
 
 
+def test_perturbation_panels_show_the_primary_method_and_its_controls():
+    line = {"removed": [(0.0, 0.9), (0.5, 0.25)], "kept": [(0.01, 0.5), (0.5, 0.875)]}
+    curves = {("a", "none"): line, ("b", "none"): line, ("a", "reversed"): line, ("random", "random"): line}
+    panels = perturbation_panels(curves, "a")
+    assert [panel.title for panel in panels] == ["Most relevant words removed", "Only the most relevant words kept"]
+    assert [one.name for one in panels[0].series] == ["a", "random", "a reversed"]
+    assert [one.last for one in panels[1].series] == ["0.875"] * 3
+    assert ">0%<" in panels[0].svg and ">50%<" in panels[0].svg and ">1%<" in panels[1].svg
+    assert perturbation_panels(curves, "c") == [] == perturbation_panels({}, "a")
+
+
 # packing
 
 
-def test_int8_round_trip_error_is_at_most_half_a_step():
+@pytest.mark.parametrize(("wide", "steps"), [(False, 254), (True, 65534)])
+def test_round_trip_error_is_at_most_half_a_step(wide, steps):
     generator = random.Random(0)
     scores = [300.0, *(generator.gauss(0, 1) for _ in range(200)), math.nan, -50.0]
     special = [True, *[False] * 201, True]
-    packed = pack_scores(scores, special)
+    packed = pack_scores(scores, special, wide=wide)
     back = unpack_scores(packed, special)
     largest = max(abs(score) for score in scores[1:201])
     for score, value, flag in zip(scores, back, special, strict=True):
-        bound = (300.0 if flag else largest) / 254 * 1.01
+        bound = (300.0 if flag else largest) / steps * 1.01
         assert abs(value - (score if math.isfinite(score) else 0.0)) <= bound
     assert max(back, key=abs) == pytest.approx(300.0)
 
@@ -354,6 +377,9 @@ def test_odd_samples_do_not_break_the_page():
     ]
     page = render_report(_data(samples=samples, curves={"loss": [(0, math.nan)]}))
     assert "class 7" in page
+    state = ProbeState(2, 9, 0, 0.5, [0.1])
+    with pytest.raises(InputError, match=r"sample 6, epoch 2: rows of \[1\] scores for 2 tokens"):
+        render_report(_data(probe=[ProbeSample(6, ["a", "b"], [0, 1], None, None, [state])]))
     with pytest.raises(InputError, match=r"sample 5, method 'x': rows of \[1\] scores for 5 tokens"):
         render_report(_data(samples=[_sample(5, explanations=[SampleExplanation("x", [1.0])])]))
 
@@ -371,6 +397,24 @@ def test_a_hundred_samples_stay_under_five_megabytes():
     page = render_report(_data(samples=samples, primary_method="method_5"))
     assert len(page.encode()) < 1_000_000
     assert '"layerMethods":["method_5","method_0","method_1"]' in page
+
+
+def test_a_hundred_long_texts_with_everything_stay_under_five_megabytes():
+    """512 tokens, eight methods, twelve blocks, curves and the history of 24 probe samples: scores stay exact."""
+    tokens = ["[CLS]", *["explanation"] * 510, "[SEP]"]
+    methods = [f"method_{i}" for i in range(8)]
+    line = [(q, 0.12345) for q in (0.0, 0.01, 0.05, 0.1, 0.2, 0.5)]
+    curves = {
+        (name, control): {"removed": line, "kept": line[1:]} for name in methods for control in ("none", "reversed")
+    }
+    scores = [random.Random(0).gauss(0, 1) for _ in tokens]
+    rows = [SampleExplanation(name, scores, [scores] * 12) for name in methods]
+    samples = [_sample(i, tokens, [], explanations=rows, curves=curves) for i in range(100)]
+    states = [ProbeState(epoch, 10 * epoch, 1, 0.5, scores) for epoch in range(10)]
+    probe = [ProbeSample(i, tokens, samples[0].word_ids, 1, None, states) for i in range(24)]
+    page = render_report(_data(samples=samples, primary_method="method_0", probe=probe))
+    assert len(page.encode()) < 5_000_000
+    assert '"id":99' in page and len(re.findall(r'"scores":\["[^"]{1368}"', page)) == 100 * 8 + 24 * 10
 
 
 def test_a_page_over_its_budget_drops_maps_then_samples_and_says_so(caplog):

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from dataclasses import dataclass, field
 
 BLOCK = 32768
@@ -12,6 +13,15 @@ class OfflineRun:
     config: dict = field(default_factory=dict)
     history: list = field(default_factory=list)
     summary: dict = field(default_factory=dict)
+    kinds: set = field(default_factory=set)
+    about: object = None
+    """The record of the run itself: name, group, kind, tags, commit."""
+    defined: list = field(default_factory=list)
+    """The records of `define_metric`."""
+    charts: dict = field(default_factory=dict)
+    """Key -> the chart's configuration."""
+    artifacts: list = field(default_factory=list)
+    """(kind, path in the artifact -> local file), in the order of logging."""
 
 
 def records(data):
@@ -32,6 +42,15 @@ def records(data):
 
 
 def read_offline_run(run_dir):
+    """What a finished run has written; its service closes the file a moment after `wandb.finish` has returned."""
+    end = time.monotonic() + 20
+    while "exit" not in (run := _read(run_dir)).kinds:
+        assert time.monotonic() < end, "the run has no end"
+        time.sleep(0.1)
+    return run
+
+
+def _read(run_dir):
     from wandb.proto.wandb_internal_pb2 import Record
 
     (folder,) = (run_dir / "wandb").glob("offline-run-*")
@@ -41,8 +60,19 @@ def read_offline_run(run_dir):
         record = Record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
+        run.kinds.add(kind)
         if kind == "run":
+            run.about = record.run
             run.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        elif kind == "metric":
+            run.defined.append(record.metric)
+        elif kind == "config":
+            for item in record.config.update:
+                if list(item.nested_key[:2]) == ["_wandb", "visualize"]:
+                    run.charts[item.nested_key[2]] = json.loads(item.value_json)
+        elif kind == "artifact":
+            files = {entry.path: entry.local_path for entry in record.artifact.manifest.contents}
+            run.artifacts.append((record.artifact.type, files))
         elif kind == "history":
             row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             run.history.append(row)

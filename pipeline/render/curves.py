@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from calig.pipeline.perturbation import KEPT, REMOVED, Curves
 from calig.pipeline.render.labels import metric, number
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 148, 40, 8, 8, 20
@@ -47,18 +48,43 @@ def curve_panels(curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[Pa
             name = "/".join(parts[parts.index("explain") + 1 : -1]) or name
             title = f"{title} · probe" if parts[0] != "explain" else title
         groups.setdefault(title, {})[name] = _thin(finite)
-    return [_panel(title, series) for title, series in groups.items()]
+    return [line_panel(title, series) for title, series in groups.items()]
 
 
-def _panel(title: str, lines: Mapping[str, Points]) -> Panel:
+def perturbation_panels(curves: Mapping[tuple[str, str], Curves], primary: str) -> list[Panel]:
+    """The primary method's curves beside those of its controls, a panel for each way to perturb."""
+    lines = {primary: (primary, "none"), f"{primary} reversed": (primary, "reversed"), "random": ("random", "random")}
+    panels = []
+    for kind, title in ((REMOVED, "Most relevant words removed"), (KEPT, "Only the most relevant words kept")):
+        found = {name: curves[key][kind] for name, key in lines.items() if kind in curves.get(key, {})}
+        if primary in found:
+            panels.append(line_panel(title, found, limits=(0.0, 1.0), x_texts=("{:.0%}", "{:.0%}")))
+    return panels
+
+
+def line_panel(
+    title: str,
+    lines: Mapping[str, Points],
+    *,
+    limits: tuple[float, float] | None = None,
+    x_texts: tuple[str, str] = ("step {:g}", "{:g}"),
+) -> Panel:
+    """Draw named lines.
+
+    Args:
+        title: Above the panel.
+        lines: Name -> points by x.
+        limits: Of the y axis; None takes what the lines need.
+        x_texts: How the two ends of the x axis are written.
+    """
     # train is drawn first, underneath; controls come last, so that the method itself has the accent
-    names = sorted(lines, key=lambda name: (name != "train", name.endswith("/reversed"), name == "random"))
+    names = sorted(lines, key=lambda name: (name != "train", name.endswith("reversed"), name == "random"))
     others = [name for name in names if name != "train"]
     kinds = {name: "train" if name == "train" else f"s{min(others.index(name), 4)}" for name in names}
     series = [Series(name, number(lines[name][-1][1]), kinds[name]) for name in names]
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
-    ticks = _ticks(min(ys), max(ys))
+    ticks = _ticks(*limits) if limits else _ticks(min(ys), max(ys))
     x_low, x_high, y_low, y_high = min(xs), max(xs), min(ticks[0], min(ys)), max(ticks[-1], max(ys))
 
     def px(x: float) -> float:
@@ -72,9 +98,10 @@ def _panel(title: str, lines: Mapping[str, Points]) -> Panel:
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{py(tick)}" y2="{py(tick)}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{py(tick) + 3.5}" text-anchor="end">{tick:.4g}</text>')
-    parts.append(f'<text x="{px(x_low)}" y="{_HEIGHT - 5}" text-anchor="start">step {x_low:g}</text>')
+    parts.append(f'<text x="{px(x_low)}" y="{_HEIGHT - 5}" text-anchor="start">{x_texts[0].format(x_low)}</text>')
     if x_high > x_low:
-        parts.append(f'<text x="{px(x_high)}" y="{_HEIGHT - 5}" text-anchor="end">{x_high:g}</text>')
+        text = x_texts[1].format(x_high)
+        parts.append(f'<text x="{px(x_high)}" y="{_HEIGHT - 5}" text-anchor="end">{text}</text>')
     for name in names:
         points = lines[name]
         path = " ".join(f"{px(x)},{py(y)}" for x, y in points)

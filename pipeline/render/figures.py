@@ -19,8 +19,8 @@ from calig.pipeline.render.color import OPPOSES, SUPPORTS, abs_scale, hex_color
 from calig.pipeline.render.fonts import families_for
 
 SIGNED = LinearSegmentedColormap.from_list("calig_signed", [hex_color(OPPOSES), "#ffffff", hex_color(SUPPORTS)])
-_INK, _QUIET = "#22252a", "#70757d"
-_DASHES = ("-", "--", ":", "-.")
+INK, QUIET = "#22252a", "#70757d"
+DASHES = ("-", "--", ":", "-.")
 _MAX_LABELS = 90
 
 
@@ -65,23 +65,23 @@ def layer_heatmap_figure(
     limit = abs_scale(value for row in rows for value in row)
 
     size = (min(24.0, max(4.0, 0.24 * width + 1.6)), max(2.6, 0.2 * layers + 1.9))
-    figure = _figure(size)
+    figure = blank_figure(size)
     axes = figure.add_subplot()
     image = axes.imshow(rows, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", origin="lower", interpolation="none")
     step = -(-width // _MAX_LABELS)
     shown = list(range(0, width, step))
-    labels = [_short(tokens[i]) for i in shown]
+    labels = [short_label(tokens[i]) for i in shown]
     axes.set_xticks(shown, labels, rotation=90, fontsize=8, parse_math=False, fontfamily=families_for(labels))
     ticks = list(range(0, layers, max(1, layers // 12)))
     axes.set_yticks(ticks, [str(i + 1) for i in ticks], fontsize=8)
-    axes.set_ylabel(f"block  1 → {layers} (decision)", fontsize=8, color=_QUIET)
+    axes.set_ylabel(f"block  1 → {layers} (decision)", fontsize=8, color=QUIET)
     if title:
-        axes.set_title(title, fontsize=9, loc="left", color=_INK, parse_math=False, fontfamily=families_for([title]))
+        axes.set_title(title, fontsize=9, loc="left", color=INK, parse_math=False, fontfamily=families_for([title]))
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, ticks=[-limit, 0, limit])
     ends = ("opposes", "supports") if per_layer else (f"−{limit:.2g}\nopposes", f"+{limit:.2g}\nsupports")
     bar.ax.set_yticklabels([ends[0], "0", ends[1]], fontsize=7)
     bar.outline.set_visible(False)
-    _quiet(axes)
+    quieten(axes)
     return figure
 
 
@@ -100,26 +100,26 @@ def layer_profile_figure(profile: Sequence[float] | Mapping[str, Sequence[float]
     longest = max((len(values) for values in series.values()), default=0)
     if not longest:
         raise InputError("the layer profile is empty; give one value per block.")
-    figure = _figure((min(12.0, max(3.6, 0.26 * longest + 1.4)), 2.4))
+    figure = blank_figure((min(12.0, max(3.6, 0.26 * longest + 1.4)), 2.4))
     axes = figure.add_subplot()
     for i, (name, values) in enumerate(series.items()):
         blocks = range(1, len(values) + 1)
         if len(series) == 1:
-            axes.bar(blocks, values, color=_QUIET, width=0.72)
+            axes.bar(blocks, values, color=QUIET, width=0.72)
         else:
             gray = hex_color((int(30 + 130 * i / len(series)),) * 3)
-            axes.plot(blocks, values, _DASHES[i % 4], color=gray, marker="o", markersize=2.5, linewidth=1.3, label=name)
+            axes.plot(blocks, values, DASHES[i % 4], color=gray, marker="o", markersize=2.5, linewidth=1.3, label=name)
     if len(series) > 1:
         legend = axes.legend(fontsize=7, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
-    axes.set_xlabel("block", fontsize=8, color=_QUIET)
-    axes.set_ylabel("share of |relevance|", fontsize=8, color=_QUIET)
+    axes.set_xlabel("block", fontsize=8, color=QUIET)
+    axes.set_ylabel("share of |relevance|", fontsize=8, color=QUIET)
     axes.set_xticks(range(1, longest + 1, max(1, longest // 12)))
     axes.set_ylim(bottom=0)
     if title:
-        axes.set_title(title, fontsize=9, loc="left", color=_INK, parse_math=False, fontfamily=families_for([title]))
-    _quiet(axes)
+        axes.set_title(title, fontsize=9, loc="left", color=INK, parse_math=False, fontfamily=families_for([title]))
+    quieten(axes)
     return figure
 
 
@@ -127,9 +127,9 @@ def concept_map(rows: Sequence[ConceptRow]) -> Image.Image:
     """Image of concepts and classes x layers: the share of supported inputs, starred where it is significant."""
     lines: dict[str, dict[int, ConceptRow]] = {}
     for row in rows:
-        lines.setdefault(f"{_short(row.concept)} → {_short(row.target)}", {})[row.layer] = row
+        lines.setdefault(f"{short_label(row.concept)} → {short_label(row.target)}", {})[row.layer] = row
     layers = sorted({row.layer for row in rows})
-    figure = _figure((min(16.0, 0.5 * len(layers) + 3.2), 0.28 * len(lines) + 1.0))
+    figure = blank_figure((min(16.0, 0.5 * len(layers) + 3.2), 0.28 * len(lines) + 1.0))
     axes = figure.add_subplot()
     # Every line has every layer: the stage tests all layers of a concept and class, or none.
     shares = [[2 * line[layer].share - 1 for layer in layers] for line in lines.values()]
@@ -137,12 +137,12 @@ def concept_map(rows: Sequence[ConceptRow]) -> Image.Image:
     for y, line in enumerate(lines.values()):
         for x, layer in enumerate(layers):
             text = f"{line[layer].share:.2f}{'*' if line[layer].significant else ''}"
-            axes.text(x, y, text, ha="center", va="center", fontsize=7, color=_INK)
+            axes.text(x, y, text, ha="center", va="center", fontsize=7, color=INK)
     names = list(lines)
     axes.set_yticks(range(len(names)), names, parse_math=False, fontfamily=families_for(names))
     axes.set_xticks(range(len(layers)), list(map(str, layers)))
-    axes.set_xlabel("layer", fontsize=8, color=_QUIET)
-    _quiet(axes)
+    axes.set_xlabel("layer", fontsize=8, color=QUIET)
+    quieten(axes)
     return figure_image(figure)
 
 
@@ -156,18 +156,21 @@ def figure_image(figure: Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def blank_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of this size in inches, on white."""
     figure = Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _quiet(axes: Axes) -> None:
+def quieten(axes: Axes) -> None:
+    """Take the frame and the tick marks away."""
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
-    axes.tick_params(length=0, labelsize=8, colors=_INK)
+    axes.tick_params(length=0, labelsize=8, colors=INK)
 
 
-def _short(token: str, limit: int = 18) -> str:
+def short_label(token: str, limit: int = 18) -> str:
+    """A token on one line, cut where it is long."""
     text = token.replace("\n", "⏎").replace("\t", "⇥")
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,4 +1,7 @@
-"""The samples as one compact JSON block: scores and layer maps as int8 with a scale, safe inside a script element."""
+"""The samples as one compact JSON block, safe inside a script element.
+
+Scores are int16 with a scale, so that hovering shows exact numbers; layer maps are int8.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from calig.pipeline.errors import InputError
+from calig.pipeline.perturbation import Curves
 from calig.pipeline.render.color import STRENGTH, abs_scale
 from calig.pipeline.render.labels import metric
 from calig.pipeline.render.pieces import merge_pieces
-from calig.pipeline.render.rows import ReportData, Sample, SampleExplanation
+from calig.pipeline.render.rows import ProbeSample, ReportData, Sample, SampleExplanation
 from calig.pipeline.render.tokens import in_rationale
 
 SPECIAL, SPACE, MARKED = 1, 2, 4
@@ -21,28 +25,37 @@ SPECIAL, SPACE, MARKED = 1, 2, 4
 Packed = tuple[str, float, float]
 
 
-def pack_scores(scores: Sequence[float], special: Sequence[bool]) -> Packed:
-    """Scores as base64 of int8, with one scale for ordinary and one for special positions.
+def pack_scores(scores: Sequence[float], special: Sequence[bool], *, wide: bool = False) -> Packed:
+    """Scores as base64 of integers, with one scale for ordinary and one for special positions.
 
     A read-out token may hold a hundred times the relevance of any word; with a scale of its own it does not cost the
-    words their resolution. The error is at most half a step, ``scale / 254``. A value that is not finite counts as 0.
+    words their resolution. The error is at most half a step: ``scale / 254``, or ``scale / 65534`` where ``wide``.
+    A value that is not finite counts as 0.
+
+    Args:
+        scores: (T,) signed relevance.
+        special: (T,) whether a position is a special token.
+        wide: int16 (little-endian) instead of int8.
 
     Returns:
         The text, the scale of ordinary positions, the scale of special positions.
     """
+    size, most = (2, 32767) if wide else (1, 127)
     values = [float(score) if math.isfinite(score) else 0.0 for score in scores]
     pairs = list(zip(values, special, strict=True))
     scales = [abs_scale(value for value, flag in pairs if flag is kind) for kind in (False, True)]
-    levels = [round(127 * value / scales[flag]) for value, flag in pairs]
-    text = base64.b64encode(bytes(level & 255 for level in levels)).decode("ascii")
-    return text, float(f"{scales[0]:.5g}"), float(f"{scales[1]:.5g}")
+    levels = [round(most * value / scales[flag]) for value, flag in pairs]
+    data = b"".join(level.to_bytes(size, "little", signed=True) for level in levels)
+    return base64.b64encode(data).decode("ascii"), float(f"{scales[0]:.7g}"), float(f"{scales[1]:.7g}")
 
 
 def unpack_scores(packed: Packed, special: Sequence[bool]) -> list[float]:
-    """The inverse of :func:`pack_scores`, as the page does it."""
+    """The inverse of :func:`pack_scores`, as the page does it: the length of the text tells the width."""
     text, *scales = packed
-    levels = [byte - 256 if byte > 127 else byte for byte in base64.b64decode(text)]
-    return [level / 127 * scales[flag] for level, flag in zip(levels, special, strict=True)]
+    data = base64.b64decode(text)
+    size, most = (2, 32767) if len(data) == 2 * len(special) else (1, 127)
+    levels = [int.from_bytes(data[i : i + size], "little", signed=True) for i in range(0, len(data), size)]
+    return [level / most * scales[flag] for level, flag in zip(levels, special, strict=True)]
 
 
 def script_json(value: Any) -> str:
@@ -61,20 +74,23 @@ def page_data(data: ReportData, samples: Sequence[Sample], layer_methods: Sequen
         "labels": list(data.label_names),
         "metrics": {name: [metric(name).label, metric(name).variant, metric(name).arrow] for name in _names(samples)},
         "strength": STRENGTH,
+        "probe": {"method": data.probe_method, "samples": [_probe_sample(sample) for sample in data.probe]},
         "samples": [_sample(sample, methods, set(layer_methods)) for sample in samples],
     }
 
 
-def check_lengths(samples: Sequence[Sample]) -> None:
+def check_lengths(samples: Sequence[Sample] | Sequence[ProbeSample]) -> None:
     """Raise an InputError that names the first sample and method whose scores do not fit the tokens."""
     for sample in samples:
         total = len(sample.tokens)
         if len(sample.word_ids) != total:
             raise InputError(f"sample {sample.sample_id}: {len(sample.word_ids)} word ids for {total} tokens.")
-        for row in sample.explanations:
-            lengths = {len(row.scores), *map(len, row.layer_scores or ())}
-            if lengths != {total}:
-                where = f"sample {sample.sample_id}, method '{row.method}'"
+        found = [(f"epoch {state.epoch}", [state.scores]) for state in getattr(sample, "states", ())]
+        for row in getattr(sample, "explanations", ()):
+            found.append((f"method '{row.method}'", [row.scores, *(row.layer_scores or ())]))
+        for where, rows in found:
+            if (lengths := set(map(len, rows))) != {total}:
+                where = f"sample {sample.sample_id}, {where}"
                 raise InputError(f"{where}: rows of {sorted(lengths)} scores for {total} tokens; give one per token.")
 
 
@@ -85,22 +101,51 @@ def method_names(data: ReportData) -> list[str]:
 
 
 def _sample(sample: Sample, methods: list[str], layer_methods: set[str]) -> dict[str, Any]:
-    words = merge_pieces(sample.tokens, None, sample.word_ids)
     special = [word_id is None for word_id in sample.word_ids]
+    packed = [_explanation(row, special, methods, layer_methods) for row in sample.explanations]
+    for row in packed:
+        name = methods[row["method"]]
+        found = {control: _curves(sample.curves.get((name, control))) for control in ("none", "reversed")}
+        row["curves"] = {control: curves for control, curves in found.items() if curves}
+    return {
+        **_input(sample),
+        "prediction": int(sample.prediction),
+        "p": _finite(sample.probability),
+        "explanations": sorted(packed, key=lambda row: row["method"]),
+        "random": _curves(sample.curves.get(("random", "random"))),
+    }
+
+
+def _input(sample: Sample | ProbeSample) -> dict[str, Any]:
+    """What was read: words with their flags, of several pieces the pieces too."""
     units = []
-    for word in words:
+    for word in merge_pieces(sample.tokens, None, sample.word_ids):
         flags = SPECIAL * word.special + SPACE * word.space + MARKED * in_rationale(word, sample.rationale)
         pieces = [sample.tokens[i] for i in word.positions]
         units.append([word.text, flags] if len(pieces) == 1 else [word.text, flags, pieces])
-    packed = [_explanation(row, special, methods, layer_methods) for row in sample.explanations]
-    return {
-        "id": int(sample.sample_id),
-        "label": None if sample.label is None or sample.label < 0 else int(sample.label),
-        "prediction": int(sample.prediction),
-        "p": _finite(sample.probability),
-        "units": units,
-        "explanations": sorted(packed, key=lambda row: row["method"]),
-    }
+    label = None if sample.label is None or sample.label < 0 else int(sample.label)
+    return {"id": int(sample.sample_id), "label": label, "units": units}
+
+
+def _probe_sample(sample: ProbeSample) -> dict[str, Any]:
+    special = [word_id is None for word_id in sample.word_ids]
+    states = [
+        {
+            "epoch": state.epoch,
+            "step": state.step,
+            "prediction": int(state.prediction),
+            "p": _finite(state.probability),
+            "scores": pack_scores(state.scores, special, wide=True),
+        }
+        for state in sample.states
+    ]
+    return {**_input(sample), "states": states}
+
+
+def _curves(curves: Curves | None) -> dict[str, list[list[float | None]]] | None:
+    if not curves:
+        return None
+    return {kind: [[q, _finite(p)] for q, p in line] for kind, line in curves.items()}
 
 
 def _explanation(
@@ -109,7 +154,7 @@ def _explanation(
     layers = row.layer_scores if row.method in layer_methods else None
     return {
         "method": methods.index(row.method),
-        "scores": pack_scores(row.scores, special),
+        "scores": pack_scores(row.scores, special, wide=True),
         "layers": [pack_scores(scores, special) for scores in layers] if layers else None,
         "gap": _finite(row.completeness_gap),
         "converged": bool(row.converged),

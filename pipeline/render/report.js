@@ -59,17 +59,6 @@ function step(by) {
   if (next) open(next);
 }
 
-let timer = null;
-function play() {
-  clearInterval(timer);
-  show({ layer: 1 });
-  timer = setInterval(() => {
-    const last = view.layer + 1 >= Number($("layer").max);
-    if (last) clearInterval(timer);
-    show({ layer: last ? Infinity : view.layer + 1 });
-  }, 450);
-}
-
 function addOptions() {
   const classes = [...new Set(DATA.samples.map((sample) => sample.label ?? sample.prediction))].sort((a, b) => a - b);
   $("f-class").append(...classes.map((index) => h("option", { value: index }, className(index))));
@@ -84,8 +73,10 @@ function start() {
   $("filters").addEventListener("input", refresh);
   $("prev").onclick = () => step(-1);
   $("next").onclick = () => step(1);
-  $("play").onclick = play;
-  $("layer").oninput = (event) => { clearInterval(timer); show({ layer: event.target.value === event.target.max ? Infinity : Number(event.target.value) }); };
+  // At its end stands the decision, of whatever method or sample comes next.
+  const toLayer = (layer) => show({ layer: layer >= Number($("layer").max) ? Infinity : layer });
+  $("play").onclick = () => play($("layer"), toLayer, 1);
+  $("layer").oninput = (event) => { stop(); toLayer(Number(event.target.value)); };
   $("scale-row").onclick = () => show({ perRow: true });
   $("scale-map").onclick = () => show({ perRow: false });
   $("unit-word").onclick = () => show({ pieces: false });
@@ -110,3 +101,4 @@ function start() {
 }
 
 if (DATA.samples.length) start();
+if (DATA.probe.samples.length) startProbe();

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from calig.pipeline.render.benchmark import benchmark_view
 from calig.pipeline.render.concepts import concept_panels
-from calig.pipeline.render.curves import curve_panels
+from calig.pipeline.render.curves import curve_panels, perturbation_panels
 from calig.pipeline.render.flow import GEOMETRY, STRONGEST, agreement_table, flow_pictures
 from calig.pipeline.render.labels import metric, number
 from calig.pipeline.render.leaderboard import leaderboards
@@ -29,7 +29,15 @@ STATIC_SAMPLES = 12
 """Samples that stand in the page itself, for paper and for readers without JavaScript."""
 
 _FOLDER = Path(__file__).parent
-_SCRIPTS = ("report_data.js", "report_map.js", "report_viewer.js", "report.js", "report_flow.js")
+_SCRIPTS = (
+    "report_data.js",
+    "report_map.js",
+    "report_curves.js",
+    "report_viewer.js",
+    "report_probe.js",
+    "report.js",
+    "report_flow.js",
+)
 _HEADLINES = ("comprehensiveness", "sufficiency", "token_f1", "auprc", "completeness_gap")
 _log = logging.getLogger(__name__)
 
@@ -68,6 +76,7 @@ def render_report(data: ReportData, *, max_bytes: int = MAX_BYTES) -> str:
         InputError: If scores and tokens of a sample differ in length.
     """
     check_lengths(data.samples)
+    check_lengths(data.probe)
     with_layers = _methods_with_layers(data)[:LAYER_METHODS]
     kept, samples = len(with_layers), list(data.samples)
     while True:
@@ -96,6 +105,7 @@ def _render(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence
         primary=primary,
         headlines=_headlines(data),
         panels=curve_panels(data.curves),
+        perturbation=perturbation_panels(data.curves_mean, primary),
         concepts=concept_panels(data.concepts),
         flows=flows,
         flow_payload=script_json(

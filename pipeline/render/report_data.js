@@ -3,7 +3,8 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const SPECIAL = 1, SPACE = 2, MARKED = 4;
 
 const finite = (x) => typeof x === "number" && Number.isFinite(x);
-const signed = (x) => (!finite(x) ? "–" : (x < 0 ? "−" : "+") + plain(Math.abs(x)));
+// What is known to within a step only is shown with no more digits than that.
+const signed = (x, step = 0) => (!finite(x) ? "–" : (x < 0 ? "−" : "+") + (step ? Math.abs(x).toFixed(Math.min(9, Math.max(0, Math.ceil(-Math.log10(step))))) : plain(Math.abs(x))));
 const plain = (x) => (!finite(x) ? "–" : x === 0 ? "0" : x >= 0.001 && x < 1e5 ? String(+x.toPrecision(3)) : x.toExponential(1));
 const percent = (x) => (finite(x) ? (100 * x).toFixed(Math.abs(x) < 0.1 ? 2 : 1) + " %" : "–");
 const className = (i) => DATA.labels[i] ?? "class " + i;
@@ -15,11 +16,12 @@ function tint(value, strength = DATA.strength) {
   return size < 0.004 ? "transparent" : `rgba(var(${value < 0 ? "--opposes" : "--supports"}),${size.toFixed(3)})`;
 }
 
-// int8 levels with one scale for words and one for special tokens (packing.py).
+// int16 or int8 levels with one scale for words and one for special tokens (packing.py).
 function unpack(packed, special) {
   const [text, scale, specialScale] = packed;
-  const bytes = atob(text);
-  return special.map((flag, i) => ((bytes.charCodeAt(i) << 24) >> 24) / 127 * (flag ? specialScale : scale));
+  const bytes = atob(text), wide = bytes.length === 2 * special.length;
+  const level = (i) => (wide ? ((bytes.charCodeAt(2 * i) | (bytes.charCodeAt(2 * i + 1) << 8)) << 16) >> 16 : (bytes.charCodeAt(i) << 24) >> 24);
+  return special.map((flag, i) => level(i) / (wide ? 32767 : 127) * (flag ? specialScale : scale));
 }
 
 // Columns of a sample: its words, or the pieces of the tokenizer; `at` are the positions whose scores are summed.

@@ -14,13 +14,15 @@ function show(change = {}) {
   const values = atEnd ? final : layers[layer - 1];
   const whole = layers ? Math.max(...layers.map((row) => wordScale(row, cols))) : 1;
   const scale = atEnd || view.perRow ? wordScale(values, cols) : whole;
-  const place = atEnd ? "decision" : `block ${layer} of ${count}`;
+  const place = atEnd ? "the decision" : `block ${layer} of ${count}`;
 
   verdict(sample);
   $("v-methods").replaceChildren(...sample.explanations.map((row) => toggle(DATA.methods[row.method], row === chosen, () => show({ method: row.method }))));
-  paint($("v-text"), cols, values, scale, place);
+  // Of a block, only the steps of its int8 levels are known.
+  const grain = atEnd ? 0 : chosen.layers[layer - 1][1] / 127;
+  paint($("v-text"), cols, values, scale, place, grain);
   $("v-readout").replaceChildren(chosen ? "Point at a word or tap it for its number." : "This sample has no explanation.");
-  legend(scale);
+  legend($("v-legend"), scale, sample, isFlat(values, cols));
   $("v-gap").replaceChildren(...(chosen ? gap(chosen) : []));
   $("v-metrics").textContent = chosen ? metricLine(chosen) : "";
 
@@ -35,13 +37,15 @@ function show(change = {}) {
     press("scale-row", view.perRow);
     press("scale-map", !view.perRow);
     const kept = $("v-map").scrollLeft;
-    drawMap($("v-map"), cols, layers, { perRow: view.perRow, current: layer - 1,
-      onHover: (column, value, row, share) => readout(column, value, `block ${row + 1}, which holds ${percent(share)} of all |relevance|`),
+    drawMap($("v-map"), cols, layers, { perRow: view.perRow, current: layer - 1, rtl: isRtl($("v-text")),
+      onHover: (column, value, row, share) => readout($("v-readout"), column, value, `block ${row + 1}, which holds ${percent(share)} of all |relevance|`, chosen.layers[row][1] / 127),
       onPick: (row) => show({ layer: row + 1 }) });
     $("v-map").scrollLeft = kept;
   }
+  $("v-curves").hidden = !chosen?.curves.none;
+  if (chosen?.curves.none) drawCurves($("v-curves-panels"), chosen, sample.random);
   compare(sample, cols, special);
-  if ($("d-table").open) wordTable(sample, cols, special, atEnd ? null : values, place);
+  if ($("d-table").open) wordTable(sample, cols, special, atEnd ? null : values, place, grain);
   press("unit-word", !view.pieces);
   press("unit-piece", view.pieces);
   document.querySelectorAll(".unit-name").forEach((node) => { node.textContent = view.pieces ? "piece" : "word"; });
@@ -56,26 +60,30 @@ function verdict(sample) {
     sample.label === null ? "" : ` · labelled ${className(sample.label)}`);
 }
 
-function paint(target, cols, values, scale, place) {
+function paint(target, cols, values, scale, place, grain = 0, where = $("v-readout")) {
   target.replaceChildren();
   cols.forEach((column, i) => {
     if (column.space) target.append(" ");
     const kind = (column.special ? "special" : "word") + (column.marked ? " marked" : "") + (column.piece ? " piece" : "");
-    const node = h("span", { class: kind, dir: column.special ? "ltr" : null, title: signed(values[i]), style: { backgroundColor: column.special ? "" : tint(values[i] / scale) } }, column.text);
-    node.onpointerenter = node.onclick = () => readout(column, values[i], place);
+    const node = h("span", { class: kind, dir: column.special ? "ltr" : null, title: signed(values[i], grain), style: { backgroundColor: column.special ? "" : tint(values[i] / scale) } }, column.text);
+    node.onpointerenter = node.onclick = () => readout(where, column, values[i], place, grain);
     target.append(node);
   });
 }
 
-function readout(column, value, place) {
-  $("v-readout").replaceChildren(h("b", {}, column.text), ` ${signed(value)} at the ${place}`,
+function readout(where, column, value, place, grain = 0) {
+  where.replaceChildren(h("b", {}, column.text), ` ${signed(value, grain)} at ${place}`,
     column.names.length > 1 ? ` · sum of ${column.names.join(" ")}` : "", column.marked ? " · marked by a human" : "", column.special ? " · special token, not on the colour scale" : "");
 }
 
-function legend(scale) {
+const isRtl = (node) => getComputedStyle(node).direction === "rtl";
+const isFlat = (values, cols) => values.every((value, i) => cols[i].special || !value);
+
+function legend(target, scale, sample, flat) {
+  if (flat) return target.replaceChildren("no word has any relevance here");
   const stops = [-4, -3, -2, -1, 0, 1, 2, 3, 4].map((step) => tint(step / 4)).join(",");
-  $("v-legend").replaceChildren(`opposes −${plain(scale)}`, h("i", { style: { background: `linear-gradient(to right,${stops})` } }), `+${plain(scale)} supports`,
-    view.sample.units.some(([, flags]) => flags & MARKED) ? h("span", {}, " · ", h("u", {}, "human rationale")) : "");
+  target.replaceChildren(`opposes −${plain(scale)}`, h("i", { style: { background: `linear-gradient(to right,${stops})` } }), `+${plain(scale)} supports`,
+    sample.units.some(([, flags]) => flags & MARKED) ? h("span", {}, " · ", h("u", {}, "human rationale")) : "");
 }
 
 function gap(row) {
@@ -95,12 +103,12 @@ function compare(sample, cols, special) {
   $("v-compare").replaceChildren(...sample.explanations.map((row) => {
     const values = sums(unpack(row.scores, special), cols);
     const text = h("div", { class: "text", dir: "auto" });
-    paint(text, cols, values, wordScale(values, cols), `decision (${DATA.methods[row.method]})`);
+    paint(text, cols, values, wordScale(values, cols), `the decision (${DATA.methods[row.method]})`);
     return h("div", {}, h("p", {}, h("b", {}, DATA.methods[row.method]), ...gap(row)), text);
   }));
 }
 
-function wordTable(sample, cols, special, layerValues, place) {
+function wordTable(sample, cols, special, layerValues, place, grain) {
   const scores = sample.explanations.map((row) => sums(unpack(row.scores, special), cols));
   const scales = scores.map((values) => wordScale(values, cols));
   const head = [view.pieces ? "piece" : "word", ...sample.explanations.map((row) => DATA.methods[row.method])];
@@ -110,13 +118,25 @@ function wordTable(sample, cols, special, layerValues, place) {
     h("tbody", {}, ...cols.map((column, i) => h("tr", {},
       h("th", { scope: "row", class: column.marked ? "marked" : null, dir: "auto" }, column.text),
       ...scores.map((values, k) => h("td", { style: { backgroundColor: column.special ? "" : tint(values[i] / scales[k]) } }, signed(values[i]))),
-      layerValues ? h("td", {}, signed(layerValues[i])) : null)))));
+      layerValues ? h("td", {}, signed(layerValues[i], grain)) : null)))));
 }
 
 function toggle(text, pressed, onclick) {
   const node = h("button", { type: "button", "aria-pressed": String(pressed) }, text);
   node.onclick = onclick;
   return node;
+}
+
+// Move a slider by itself from its start to its end; any other move stops it.
+let timer = null;
+const stop = () => clearInterval(timer);
+function play(slider, go, from) {
+  stop();
+  go(from);
+  timer = setInterval(() => {
+    go(Number(slider.value) + 1);
+    if (slider.value === slider.max) stop();
+  }, 450);
 }
 
 const press = (id, on) => $(id).setAttribute("aria-pressed", String(on));

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 from calig.pipeline.concept_rows import ConceptRow
 from calig.pipeline.flow_rows import AgreementRow
+from calig.pipeline.perturbation import Curves
 
 Control = Literal["none", "random", "reversed"]
 
@@ -62,6 +63,33 @@ class Sample:
     rationale: Sequence[int] | None = None
     """One entry per word id, 1 where a human marked the word; may be longer than what truncation kept."""
     explanations: Sequence[SampleExplanation] = ()
+    curves: Mapping[tuple[str, str], Curves] = field(default_factory=dict)
+    """(method, control) to perturbation curves."""
+
+
+@dataclass(frozen=True)
+class ProbeState:
+    """What the model decided about a probe sample at one point of the training, and why."""
+
+    epoch: int
+    step: int
+    prediction: int
+    probability: float
+    scores: Sequence[float]
+    """(T,) signed relevance."""
+
+
+@dataclass(frozen=True)
+class ProbeSample:
+    """One probe sample over the training."""
+
+    sample_id: int
+    tokens: Sequence[str]
+    word_ids: Sequence[int | None]
+    label: int | None
+    rationale: Sequence[int] | None
+    states: Sequence[ProbeState]
+    """In the order of the training."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +123,10 @@ class ReportData:
     """How many samples the run has explained, where ``samples`` are only some of them."""
     failures: Sequence[Mapping[str, Any]] = ()
     """Rows of failures.jsonl: ``sample_id``, ``method``, ``reason``."""
+    curves_mean: Mapping[tuple[str, str], Curves] = field(default_factory=dict)
+    """(method, control) to perturbation curves, averaged over all samples of the run."""
+    probe: Sequence[ProbeSample] = ()
+    probe_method: str = ""
     benchmark: Sequence[BenchmarkRow] = ()
     """Rows of benchmark.csv."""
     concepts: Sequence[ConceptRow] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -13,6 +14,8 @@ from calig.pipeline.render.pieces import Word, merge_pieces
 
 _BOX = "background:Canvas;color:CanvasText;font:15px/1.9 system-ui,sans-serif;overflow-wrap:anywhere"
 _SMALL = "font-size:12px;opacity:.7"
+# All ASCII punctuation may mean something to a reader of Markdown or HTML.
+_MARKDOWN = re.compile(r"[!-/:-@\[-`{-~]")
 
 
 def token_html(
@@ -44,8 +47,10 @@ def token_html(
     if title is not None:
         parts.append(f'<div style="font-weight:600">{escape(title)}</div>')
     parts.append(f'<div dir="auto">{word_spans(words, rationale=rationale, scale=scale)}</div>')
-    if legend:
+    if legend and any(word.score for word in words if not word.special):
         parts.append(legend_html(scale))
+    elif legend:
+        parts.append(f'<div style="{_SMALL}" dir="ltr">no word has any relevance</div>')
     return "".join([*parts, "</div>"])
 
 
@@ -93,6 +98,30 @@ def token_text(
         text.append(" opposes ", style=_terminal_style(-1.0))
         text.append(f"  full colour at {scale:.3g}", style="dim")
     return text
+
+
+def token_markdown(
+    tokens: Sequence[str], scores: Sequence[float], *, word_ids: Sequence[int | None] | None = None
+) -> str:
+    """One paragraph of Markdown for viewers that drop colours: words above a third of the largest score are marked.
+
+    Supporting words are bold, opposing ones in italics, both with their score; arguments as in :func:`token_html`.
+    """
+    words = merge_pieces(tokens, scores, word_ids)
+    scale = word_scale(words)
+    text = ""
+    for word in words:
+        shown = plain_markdown(word.text)
+        if not word.special and abs(value := unit(word.score, scale)) >= 0.35:
+            mark = "**" if value > 0 else "*"
+            shown = f"{mark}{shown}{mark} ({word.score:+.2g})"
+        text += (" " if word.space else "") + shown
+    return text
+
+
+def plain_markdown(text: str) -> str:
+    """A text that means nothing to a reader of Markdown or HTML."""
+    return _MARKDOWN.sub(lambda found: f"&#{ord(found[0])};", text)
 
 
 def word_scale(words: Sequence[Word]) -> float:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from calig.pipeline import manifest
 from calig.pipeline.explainer import limited, scalar_key
 from calig.pipeline.flow_summary import summarise_flows
+from calig.pipeline.loading import mean_curves
 from calig.pipeline.metrics import Summary, is_flagged, small_sample_warning, summarise
 from calig.pipeline.metrics.randomisation import KEPT_TOO_MUCH
 from calig.pipeline.records import read_numbers, read_rows, shards
@@ -101,8 +102,20 @@ def finish(context: RunContext) -> None:
             key = f"explain/{row['method']}/completeness_gap_max"
             worst[key] = max(worst.get(key, 0.0), row["completeness_gap"])
     context.log(scalars(summaries, config.methods, failures) | worst)
+    log_curves(context)
     show(context, summaries, config.methods)
     summarise_flows(context)
+
+
+def log_curves(context: RunContext) -> None:
+    """Log the mean perturbation curves of all methods beside the controls of the first one."""
+    from calig.callbacks.media import MediaLog, perturbation_charts
+
+    media = MediaLog(context.loggers)
+    if media.shows:
+        curves = mean_curves(context.directory.path)
+        charts = perturbation_charts(curves, context.config.explain.methods)
+        media.log(context.trainer.global_step, charts={f"explain/{key}": chart for key, chart in charts.items()})
 
 
 def rationale_length(rows: Iterable[Mapping[str, Any]]) -> float | None:

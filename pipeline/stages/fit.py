@@ -106,7 +106,7 @@ def run_stage(context: RunContext) -> None:
                 f"model.lr (now {config.model.lr:g}), or set trainer.gradient_clip_val=1."
             )
         save_model(model, data.tokenizer, directory / "model")
-        directory.add_summary(values | best_values(logged_rows(directory.path)))
+        context.summarise(values | best_values(logged_rows(directory.path)))
         score = checkpoint.best_model_score
         epoch = trainer.current_epoch
         best = f"best {monitor} {float(score):.4f}, " if score is not None else ""

@@ -14,14 +14,25 @@ from calig.pipeline.costs import COSTS
 from calig.pipeline.directory import RunDirectory
 from calig.pipeline.errors import InputError
 from calig.pipeline.flow_rows import AGREEMENT_FILE, read_agreement
-from calig.pipeline.loading import learning_curves, rationale_by_word
+from calig.pipeline.loading import learning_curves, mean_curves, rationale_by_word, read_probes
 from calig.pipeline.metrics import metric_key, summarise
-from calig.pipeline.records import atomic_write, read_numbers, read_rows, shards, table_metadata
+from calig.pipeline.perturbation import CURVE_METRICS, perturbation_curves
+from calig.pipeline.records import atomic_write, read_bins, read_numbers, read_rows, shards, table_metadata
 from calig.pipeline.render.report import render_report
-from calig.pipeline.render.rows import FlowSample, MetricRow, ReportData, Sample, SampleExplanation
+from calig.pipeline.render.rows import (
+    FlowSample,
+    MetricRow,
+    ProbeSample,
+    ProbeState,
+    ReportData,
+    Sample,
+    SampleExplanation,
+)
 from calig.pipeline.run import RunContext
 
 MAX_SAMPLES = 100
+MAX_PROBE_SAMPLES = 24
+MAX_PROBES = 24
 _CURVES = ("train/loss", "val/loss", "val/accuracy")
 _UNSHOWN = ("auprc_base_rate", *COSTS)  # in summary.json; a base rate is the same for every method
 _PROBE_CURVES = (
@@ -101,11 +112,33 @@ def collect(directory: RunDirectory) -> ReportData:
         label_names=label_names,
         primary_method=methods[0],
         failures=directory.failures,
+        curves_mean=mean_curves(directory.path),
+        probe=_probe(directory),
+        probe_method=config.probe.method,
         benchmark=benchmark,
         concepts=read_concepts(directory / CONCEPTS_FILE),
         flows=_flows(directory),
         agreement=read_agreement(directory / AGREEMENT_FILE),
     )
+
+
+def _probe(directory: RunDirectory) -> list[ProbeSample]:
+    """The first probe samples over the training; of many probes, evenly spread ones from the first to the last."""
+    probes = read_probes(directory.path)
+    if len(probes) > MAX_PROBES:
+        probes = [probes[round(i * (len(probes) - 1) / (MAX_PROBES - 1))] for i in range(MAX_PROBES)]
+    first: dict[int, dict[str, Any]] = {}
+    states: dict[int, list[ProbeState]] = defaultdict(list)
+    for epoch, step, rows in probes:
+        for row in rows:
+            # What does not read the same at every probe (a dataset that augments) is no history of one text.
+            if first.setdefault(row["sample_id"], row)["tokens"] == row["tokens"]:
+                state = ProbeState(epoch, step, row["prediction"], row["probability"], row["scores"])
+                states[row["sample_id"]].append(state)
+    return [
+        ProbeSample(number, row["tokens"], row["word_ids"], row["label"], rationale_by_word(row), states[number])
+        for number, row in sorted(first.items())[:MAX_PROBE_SAMPLES]
+    ]
 
 
 def _curve(key: str) -> str | None:
@@ -148,6 +181,10 @@ def _samples(directory: RunDirectory, methods: list[str]) -> list[Sample]:
     for row in read_numbers(directory / "metrics"):
         if row["sample_id"] in chosen and row["control"] == "none" and row["value"] is not None:
             values[row["sample_id"], row["method"]][metric_key(row)] = row["value"]
+    bins: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in read_bins(directory / "metrics", list(CURVE_METRICS)):
+        if row["sample_id"] in chosen:
+            bins[row["sample_id"]].append(row)
     found: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in read_rows(directory / "explanations"):
         if row["sample_id"] in chosen:
@@ -176,6 +213,7 @@ def _samples(directory: RunDirectory, methods: list[str]) -> list[Sample]:
                     )
                     for row in rows
                 ],
+                curves=perturbation_curves(bins[sample_id], {sample_id: first["probability"]}),
             )
         )
     return samples
