@@ -80,6 +80,15 @@ def is_end_near(signals: StopSignals) -> bool:
     return bool(store.check([_END]))
 
 
+def leave() -> None:
+    """Close the connections to the other processes, if there are any; nothing of the above is called afterwards.
+
+    Whatever a group of gloo still runs when the interpreter ends, ends the process with an abort instead of its code.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 

@@ -323,10 +323,15 @@ def run(config: Config) -> int:
             work, and what it was to replace is back.
         Stopped: A signal asked for the end; what is done is kept, and a SLURM job is back in its queue.
     """
+    from calig.callbacks.collectives import leave
+
     if is_main_process():
         os.environ[_FIRST] = str(os.getpid())  # read by the processes that it starts
     try:
-        code = _run(config)
+        try:
+            code = _run(config)
+        finally:
+            leave()
     except (Exception, Stopped):
         let_parent_end(_FIRST)
         raise

@@ -44,7 +44,8 @@ def test_two_processes_explain_every_sample_once_and_like_one(tmp_path):
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("cpu", "ddp_cpu"))
     for key in one:
         if key.startswith("explain/") and not any(cost in key for cost in COSTS):
-            assert abs(one[key] - two[key]) < 1e-6, key
+            # A gap is one sample's rounding, which depends on the batch that it is computed in.
+            assert abs(one[key] - two[key]) < (1e-5 if "gap" in key else 1e-6), key
 
 
 @pytest.mark.slow
