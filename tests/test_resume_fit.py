@@ -279,7 +279,8 @@ def test_a_continued_run_stays_one_run_of_weights_and_biases(tmp_path, monkeypat
         assert run(folder, "logger.wandb.mode=offline") == 143
     assert resume(folder) == 0
     parts = [path.name.split("-") for path in (folder / "wandb").glob("offline-run-*")]
-    assert len(parts) == 2 and len({part[-1] for part in parts}) == 1
+    # offline-run-TIME-ID; a second one in the same second gets a number behind it.
+    assert len(parts) == 2 and len({part[3] for part in parts}) == 1
     assert [line for line in (folder / "log.txt").read_text().splitlines() if "warning" in line] == []
 
 
