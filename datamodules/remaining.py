@@ -21,7 +21,7 @@ class RemainingSamples(LightningDataModule):
     Args:
         look_up: Gives the ids of the samples that are done; called on the first process alone.
         loader: Makes the loader of a share, of (done, rank, world size).
-        signals: Taken from Lightning before the look-up, which reads every shard and the others wait for.
+        signals: Taken from Lightning, before the look-up, which takes a while that the others wait, and behind it.
 
     Raises:
         InputError: The look-up raised one; on all processes.
@@ -38,10 +38,15 @@ class RemainingSamples(LightningDataModule):
         self._look_up = look_up
         self._loader = loader
         self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._done: Collection[int] = ()
+
+    def setup(self, stage: str) -> None:
+        """Look up what is done: here, because an error inside the loader's hook leaves torch's loaders patched."""
+        self._signals.install()
+        self._done = from_first(self._look_up)
 
     def predict_dataloader(self) -> DataLoader[Encoded]:
         """The share of this process."""
         assert self.trainer is not None  # it calls this
-        self._signals.install()
-        done = from_first(self._look_up)
-        return self._loader(done, self.trainer.global_rank, self.trainer.world_size)
+        self._signals.install()  # once more: Lightning has set its own behind `setup`
+        return self._loader(self._done, self.trainer.global_rank, self.trainer.world_size)

@@ -150,6 +150,8 @@ def test_going_on_with_other_settings_is_refused(whole, tmp_path, capsys):
     settings, *_ = whole
     folder = copied(whole, tmp_path)
     assert main(explain_line(folder, 1, *settings, "explain.target=1")) == 2
+    # Lightning patches loaders while it asks for them, and an error in its hooks would leave them so.
+    assert not hasattr(torch.utils.data.DataLoader.__init__, "__wrapped__")
     error = capsys.readouterr().err
     assert "explain.target=predicted" in error and "now it is 1" in error and str(folder / "manifest") in error
     assert len(manifest.take_up(folder).done) == SAMPLES
