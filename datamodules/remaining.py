@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from typing import Any
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -19,7 +20,7 @@ class RemainingSamples(LightningDataModule):
     is looked up in here: by one process, because the look-up deletes unfinished files, and for all of them.
 
     Args:
-        look_up: Gives the ids of the samples that are done; called on the first process alone.
+        look_up: Gives what is done, as `loader` takes it; called on the first process alone.
         loader: Makes the loader of a share, of (done, rank, world size).
         signals: Taken from Lightning, before the look-up, which takes a while that the others wait, and behind it.
 
@@ -29,8 +30,8 @@ class RemainingSamples(LightningDataModule):
 
     def __init__(
         self,
-        look_up: Callable[[], Collection[int]],
-        loader: Callable[[Collection[int], int, int], DataLoader[Encoded]],
+        look_up: Callable[[], Any],
+        loader: Callable[[Any, int, int], DataLoader[Encoded]],
         signals: StopSignals,
     ) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class RemainingSamples(LightningDataModule):
         self._look_up = look_up
         self._loader = loader
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self._done: Collection[int] = ()
+        self._done: Any = None
 
     def setup(self, stage: str) -> None:
         """Look up what is done: here, because an error inside the loader's hook leaves torch's loaders patched."""

@@ -47,6 +47,7 @@ class ExplainSettings:
         operators: Perturbation operators of the faithfulness metrics; none leaves these metrics out.
         metrics: Of `calig.pipeline.metrics.names.METRICS`.
         only: Metric, operator or method -> the ids of the samples that it is used on; all where it has no entry.
+        measured: Ids of the samples whose random control is measured already, beside other methods.
         flows: Ids of the samples whose flow from token to token is kept, where a method knows one.
         perturbation_target: Whose accuracy `positive_auc` and `negative_auc` follow.
         dataset_length: Mean number of rationale words over the data set, None where there are no rationales.
@@ -62,6 +63,7 @@ class ExplainSettings:
     operators: Sequence[str] = ("mask",)
     metrics: Sequence[str] = DEFAULT_METRICS
     only: Mapping[str, Collection[int]] = field(default_factory=dict)
+    measured: Collection[int] = ()
     flows: Collection[int] = ()
     perturbation_target: PerturbationTarget = "prediction"
     dataset_length: float | None = None
@@ -258,6 +260,8 @@ class Explainer:
         if comparable:
             with self.model.session():  # in the precision that the explanations are made in
                 self._measure(rows, facts, results, bad, costs)
+            before = self.settings.measured
+            rows.metrics = [row for row in rows.metrics if row["control"] != "random" or row["sample_id"] not in before]
         return rows
 
     def _fails_on_each(self, batch: Mapping[str, Any], name: str, target: Tensor, error: Exception) -> bool:

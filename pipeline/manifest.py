@@ -27,14 +27,21 @@ class Standing:
     """What a run has got so far.
 
     Attributes:
-        done: Samples with an explanation; a sample that failed for every method is tried again.
+        by_method: Method -> the samples that it is done with; one that failed for all its methods is tried again.
+        measured: Samples whose random control stands.
         damaged: Of shards that were taken out because their files are not what was written: what is wrong.
-        settings: What the shards were explained with.
+        settings: What the shards were explained with; the methods are those of all shards.
     """
 
-    done: set[int] = field(default_factory=set)
+    by_method: dict[str, set[int]] = field(default_factory=dict)
+    measured: set[int] = field(default_factory=set)
     damaged: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def done(self) -> set[int]:
+        """Samples with an explanation."""
+        return set().union(*self.by_method.values())
 
 
 def write_shard(run: Path, name: str, rows: Explained, metadata: Mapping[str, Any]) -> None:
@@ -43,7 +50,7 @@ def write_shard(run: Path, name: str, rows: Explained, metadata: Mapping[str, An
     Args:
         run: The run directory.
         name: Of the shard, without an ending.
-        rows: Of samples that no other shard has.
+        rows: Of samples and methods that no other shard has.
         metadata: Kept in the explanations' file, and what matters for going on in the manifest.
 
     Raises:
@@ -60,12 +67,31 @@ def write_shard(run: Path, name: str, rows: Explained, metadata: Mapping[str, An
     path = run / "manifest" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     values = {
-        "samples": sorted({row["sample_id"] for row in rows.explanations}),
+        "explained": _explained(rows),
         "failures": rows.failures,
         "files": {file: digest._asdict() for file, digest in files.items()},
         "settings": {key: metadata[key] for key in _SETTINGS if key in metadata},
     }
     write_json(path, values)
+
+
+def _explained(rows: Explained) -> list[dict[str, Any]]:
+    """The samples by the methods that they are done with, and by whether their random control is there.
+
+    A sample without any explanation is not done.
+    """
+    methods: dict[int, set[str]] = {row["sample_id"]: set() for row in rows.explanations}
+    for row in [*rows.explanations, *rows.failures]:
+        if row["sample_id"] in methods:
+            methods[row["sample_id"]].add(row["method"])
+    controlled = {row["sample_id"] for row in rows.metrics if row["control"] == "random"}
+    groups: dict[tuple[tuple[str, ...], bool], list[int]] = {}
+    for sample, names in sorted(methods.items()):
+        groups.setdefault((tuple(sorted(names)), sample in controlled), []).append(sample)
+    return [
+        {"methods": list(names), "random_control": control, "samples": samples}
+        for (names, control), samples in groups.items()
+    ]
 
 
 def next_number(run: Path, rank: int) -> int:
@@ -93,10 +119,17 @@ def take_up(run: Path) -> Standing:
             path.unlink()
             continue
         kept.add(path.stem)
-        standing.done.update(manifest["samples"])
-        standing.settings = manifest["settings"]
+        samples: set[int] = set()
+        for group in manifest["explained"]:
+            samples.update(group["samples"])
+            standing.measured.update(group["samples"] if group["random_control"] else ())
+            for method in group["methods"]:
+                standing.by_method.setdefault(method, set()).update(group["samples"])
+        known = standing.settings
+        standing.settings = manifest["settings"] | {
+            key: known.get(key, {}) | manifest["settings"][key] for key in ("methods", "limits")
+        }
         # The others failed for every method: they are tried again, and may fail again.
-        samples = set(manifest["samples"])
         failed = [row for row in manifest["failures"] if row["sample_id"] in samples]
         if len(failed) < len(manifest["failures"]):
             write_json(path, manifest | {"failures": failed})
@@ -113,11 +146,18 @@ def take_up(run: Path) -> Standing:
 def check_settings(run: Path, standing: Standing, settings: Mapping[str, Any]) -> None:
     """Refuse to go on with other settings than the shards that stand were made with: one table would mix two.
 
+    More methods are no other settings, with limits of their own if they have some.
+
     Raises:
         InputError: Names the setting.
     """
+    given = json.loads(json.dumps(dict(settings)))
+    standing_methods = standing.settings.get("methods", {})
+    added = given["methods"].keys() - standing_methods.keys()
     for key, before in standing.settings.items():
-        now = json.loads(json.dumps(settings[key]))
+        now = given[key]
+        if key in ("methods", "limits"):
+            now = {name: value for name, value in now.items() if name not in added}
         if now != before:
             name = f"explain.{key}" if key in _ASKED else key
             raise InputError(

@@ -215,6 +215,6 @@ def _run_options(run: Path, config: Config) -> dict[str, Mapping[str, Any]]:
         warnings.warn(f"{error} Explained with the defaults.", stacklevel=2)
         options = without_asked(explain.options)
     found: dict[str, Mapping[str, Any]] = dict(settings_for(available_methods(), options, shared))
-    for file in shards(run / "explanations")[:1]:
+    for file in shards(run / "explanations"):
         found |= table_metadata(file).get("methods", {})
     return found

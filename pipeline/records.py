@@ -187,13 +187,20 @@ def read_bins(folder: Path, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_samples(folder: Path, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each sample together: no other shard has rows of it, so one shard is in memory at a time."""
-    for path in shards(folder):
-        found: dict[int, list[dict[str, Any]]] = {}
-        for batch in _shard_batches(path, columns):
-            for row in batch.to_pylist():
-                found.setdefault(row["sample_id"], []).append(row)
-        yield from found.values()
+    """The rows of each sample together; one shard at a time is in memory, and what methods were added to later."""
+    files = shards(folder)
+    last = {row["sample_id"]: path for path in files for row in _shard_rows(path, ["sample_id"])}
+    found: dict[int, list[dict[str, Any]]] = {}
+    for path in files:
+        for row in _shard_rows(path, columns):
+            found.setdefault(row["sample_id"], []).append(row)
+        whole = [sample for sample in found if last[sample] == path]
+        yield from (found.pop(sample) for sample in whole)
+
+
+def _shard_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in _shard_batches(path, columns):
+        yield from batch.to_pylist()
 
 
 def _batches(folder: Path, columns: list[str] | None) -> Iterator[pa.RecordBatch]:

@@ -15,7 +15,7 @@ from test_cli import TINY
 from calig.pipeline import manifest
 from calig.pipeline.cli import main
 from calig.pipeline.costs import COSTS
-from calig.pipeline.records import read_rows, shards
+from calig.pipeline.records import read_rows, read_samples, shards
 from calig.pipeline.stages.explain import model_mark
 
 SAMPLES = 41
@@ -45,8 +45,7 @@ def whole(tmp_path_factory):
     run_worker("command", "run", f"run.dir={folder / 'model'}", *SETTINGS, "stages=[fit]", "probe.enabled=false")
     settings = [*SETTINGS, "stages=[explain]", f"model.name={folder / 'model' / 'model'}"]
     run_worker("command", *explain_line(folder / "whole", 1, *settings))
-    summary = json.loads((folder / "whole" / "summary.json").read_text())
-    return settings, rows_of(folder / "whole"), summary, folder / "whole"
+    return settings, rows_of(folder / "whole"), summary_of(folder / "whole"), folder / "whole"
 
 
 def copied(whole, tmp_path):
@@ -54,6 +53,10 @@ def copied(whole, tmp_path):
     folder = shutil.copytree(whole[-1], tmp_path / "run")
     (folder / ".stages.json").unlink()
     return folder
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
 
 
 def rows_of(folder):
@@ -66,12 +69,12 @@ def rows_of(folder):
 def assert_same_results(folder, whole):
     _, expected, summary, _ = whole
     rows = rows_of(folder)
-    assert rows.keys() == expected.keys() and len(rows) == SAMPLES * len(METHODS)
+    assert rows.keys() == expected.keys() and len(rows) >= SAMPLES * len(METHODS)
     for key, scores in expected.items():
         assert all(abs(a - b) < 1e-5 for a, b in zip(scores, rows[key], strict=True)), key
     numbers = [tuple(v for k, v in row.items() if k != "value") for row in read_rows(folder / "metrics")]
     assert len(set(numbers)) == len(numbers), "a metric is there twice"
-    found = json.loads((folder / "summary.json").read_text())
+    found = summary_of(folder)
     for key, value in summary.items():
         if not any(cost in key for cost in COSTS):
             # A gap is one sample's rounding; which samples share a batch, and so its padding, is another matter now.
@@ -204,3 +207,36 @@ def test_datasets_reads_the_result_directly(whole, tmp_path):
     rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert {(row["sample_id"], row["method"]) for row in rows} == expected.keys()
     assert sum(pq.read_metadata(file).num_rows for file in shards(folder / "explanations")) == len(rows)
+
+
+def test_methods_added_to_a_run_are_as_if_they_had_been_there_from_the_start(whole, tmp_path):
+    """Also where a shard of the first session is lost then: its methods and its random control are made again."""
+    settings, *_ = whole
+    more = f"explain.methods=[{METHODS[0]},integrated_gradients,occlusion,{METHODS[1]}]"
+    settings = [item for item in settings if not item.startswith("explain.methods")]
+    limit = "explain.limits.occlusion=5"
+    at_once, folder = tmp_path / "at_once", copied(whole, tmp_path)
+    assert main(explain_line(at_once, 1, *settings, more, limit)) == 0
+    line = explain_line(folder, 1, *settings, more, limit)
+    assert main(line) == 0
+    log = " ".join((folder / "log.txt").read_text().split())
+    assert f"{SAMPLES} samples are explained already; integrated_gradients, occlusion for them too now" in log
+    assert len({row["sample_id"] for row in read_rows(folder / "explanations") if row["method"] == "occlusion"}) == 5
+    for _ in range(2):
+        assert rows_of(folder).keys() == rows_of(at_once).keys()
+        assert_same_results(folder, (None, rows_of(at_once), summary_of(at_once), None))
+        lost = folder / "explanations" / "part-00000-00003.parquet"
+        (folder / ".stages.json").unlink()
+        lost.unlink(missing_ok=True)
+        assert main(line) == 0
+    samples = list(read_samples(folder / "explanations", ["sample_id", "method"]))
+    assert len(samples) == SAMPLES and {len(rows) for rows in samples} == {3, 4}
+
+
+def test_methods_that_stand_are_not_dropped_nor_changed(whole, tmp_path, capsys):
+    settings, *_ = whole
+    folder = copied(whole, tmp_path)
+    without = [item for item in settings if not item.startswith("explain.methods")]
+    for line in ([*without, "explain.methods=[ca_lig]"], [*settings, "explain.options.ca_lig.lam=0.9"]):
+        assert main(explain_line(folder, 1, *line)) == 2
+        assert "are explained with explain.methods=" in capsys.readouterr().err

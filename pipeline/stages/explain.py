@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from calig.pipeline import manifest
-from calig.pipeline.explainer import limited, scalar_key
+from calig.pipeline.explainer import ExplainSettings, limited, scalar_key
 from calig.pipeline.flow_summary import summarise_flows
 from calig.pipeline.loading import mean_curves
 from calig.pipeline.metrics import Summary, is_flagged, small_sample_warning, summarise
@@ -40,10 +40,10 @@ def run_stage(context: RunContext) -> None:
     only = limited(ids, config.limits, context.config.seed)
     flows = limited(ids, {"flow": config.flows}, context.config.seed).get("flow", ids)
     length = rationale_length(data.dataset(config.split).rows)
-    explainer.settings = dataclasses.replace(explainer.settings, only=only, flows=flows, dataset_length=length)
+    settings = dataclasses.replace(explainer.settings, only=only, flows=flows, dataset_length=length)
     metadata = {
         "label_names": data.label_names,
-        "methods": dict(explainer.settings.methods),
+        "methods": dict(settings.methods),
         "split": config.split,
         "target": config.target,
         "operator": config.operator,
@@ -56,13 +56,14 @@ def run_stage(context: RunContext) -> None:
         "model": model_mark(module.model),
     }
     writer = ExplanationWriter(explainer, directory.path, metadata, batches_per_shard=config.batches_per_shard)
-    remaining = RemainingSamples(
-        lambda: look_up(context, metadata),
-        lambda done, rank, world_size: data.explain_dataloader(
-            config.split, config.num_samples, config.batch_size, context.config.seed, done, rank, world_size
-        ),
-        context.signals,
-    )
+
+    def share(standing: manifest.Standing, rank: int, world_size: int) -> Any:
+        explainer.settings, finished = left_over(settings, ids, standing)
+        return data.explain_dataloader(
+            config.split, config.num_samples, config.batch_size, context.config.seed, finished, rank, world_size
+        )
+
+    remaining = RemainingSamples(lambda: look_up(context, metadata), share, context.signals)
     trainer = context.trainer
     trainer.callbacks.append(writer)  # type: ignore[attr-defined]
     try:
@@ -161,16 +162,48 @@ def model_mark(model: nn.Module) -> str:
     return f"weights with checksum {found:08x}"
 
 
-def look_up(context: RunContext, metadata: Mapping[str, Any]) -> set[int]:
-    """The samples that earlier sessions of the run have explained; what they left unfinished is deleted."""
+def look_up(context: RunContext, metadata: Mapping[str, Any]) -> manifest.Standing:
+    """What earlier sessions have explained; what they left unfinished is deleted."""
     run = context.directory.path
     standing = manifest.take_up(run)
     for damage in standing.damaged:
         context.console.warn(f"{damage}; its samples are explained again")
     manifest.check_settings(run, standing, metadata)
-    if standing.done:
-        context.console.say(f"explain  {len(standing.done):,} samples are explained already")
-    return standing.done
+    if standing.by_method:
+        added = [name for name in metadata["methods"] if name not in standing.by_method]
+        more = f"; {', '.join(added)} for them too now" if added else ""
+        context.console.say(f"explain  {len(standing.done):,} samples are explained already{more}")
+    return standing
+
+
+def left_over(
+    settings: ExplainSettings, ids: Sequence[int], standing: manifest.Standing
+) -> tuple[ExplainSettings, set[int]]:
+    """What is still to be done.
+
+    Args:
+        settings: Of all that was asked for.
+        ids: All samples.
+        standing: What is done.
+
+    Returns:
+        Settings that leave to every sample the methods that it lacks; the samples that lack none.
+    """
+    done = standing.by_method
+
+    def lacks(sample: int) -> bool:
+        return any(sample not in done.get(name, ()) for name in settings.wanted(settings.methods, sample))
+
+    started = {sample for sample in standing.done if lacks(sample)}
+    finished = standing.done - started
+    if not started:
+        return settings, finished
+    left = {
+        name: frozenset(sample for sample in settings.only.get(name, ids) if sample not in done[name])
+        for name in settings.methods
+        if name in done
+    }
+    return dataclasses.replace(settings, only={**settings.only, **left}, measured=standing.measured), finished
 
 
 def scalars(

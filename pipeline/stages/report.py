@@ -78,7 +78,7 @@ def collect(directory: RunDirectory) -> ReportData:
     files = shards(directory / "explanations")
     written = table_metadata(files[0]) if files else {}
     # The configuration is of the run's start; what was explained may have been asked for when it was continued.
-    methods = list(written.get("methods", config.explain.methods))
+    methods = list({name: None for file in files for name in table_metadata(file)["methods"]} or config.explain.methods)
     label_names = written.get("label_names", [])
     benchmark = read_benchmark(directory / BENCHMARK_FILE)
     tests = {(row.method, row.control, row.metric): row for row in benchmark if row.group == "all"}
