@@ -1,4 +1,4 @@
-"""Archives and folders in which a text is a file and its class the folder: ``<split>/<class>/<file>``."""
+"""Archives and folders in which a text or an image is a file, its class the folder: ``<split>/<class>/<file>``."""
 
 from __future__ import annotations
 
@@ -7,30 +7,36 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from calig.datamodules.rows import WHOLE, Rows, check_text, gist, split_named
 from calig.pipeline.errors import InputError
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 Parts = tuple[str, ...]
-Files = dict[Parts, Callable[[], bytes]]
-"""The files below a root: the parts of each one's path, and what reads it."""
+Files = dict[Parts, Path | bytes]
+"""The files below a root: the parts of each one's path, and where it is or what it holds."""
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
-_EXPECTED = "Expected one text per file as <split>/<class>/<file> or <class>/<file>."
+_IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+_EXPECTED = "Expected one {} per file as <split>/<class>/<file> or <class>/<file>."
 
 
-def read_archive(path: Path) -> dict[str, Rows]:
+def read_archive(path: Path, noun: str = "text") -> dict[str, Rows]:
     """Read an archive in place; nothing is written to disk, and links in it are not followed.
+
+    Args:
+        path: The archive.
+        noun: What its files are: ``text``, or ``image``; the column ``image`` then holds bytes or, of a folder, paths.
 
     Returns:
         The splits that its folders name, else one split ``WHOLE``. The rows are in the order of their paths, so
         neither the order inside the archive nor unpacking it changes a ``sample_id``.
 
     Raises:
-        InputError: It is no archive, a member points out of it, a text is not UTF-8, or there are no class folders.
+        InputError: It is no archive, a member points out of it, a text is not UTF-8, or there are no class folders
+            of texts (of images).
     """
     members = _zip_members if path.name.lower().endswith(".zip") else _tar_members
     files: Files = {}
@@ -39,17 +45,17 @@ def read_archive(path: Path) -> dict[str, Rows]:
             parts = PurePosixPath(name).parts
             if ".." in parts or name.startswith("/"):
                 raise InputError(f"{path} has a member '{name}', which points out of the archive. Pack it anew.")
-            files[parts] = lambda data=data: data  # type: ignore[misc]  # bound now, not at the call
+            files[parts] = data
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise InputError(f"{path} cannot be read: {gist(error)}") from error
-    return _rows(str(path), files)
+    return _rows(str(path), files, noun)
 
 
-def read_folder(root: Path) -> dict[str, Rows]:
+def read_folder(root: Path, noun: str = "text") -> dict[str, Rows]:
     """Read a folder of class folders, or of split folders that hold them; see ``read_archive``."""
     found = [file for pattern in ("*/*", "*/*/*") for file in root.glob(pattern)]
-    files = {file.relative_to(root).parts: file.read_bytes for file in found if file.is_file()}
-    return _rows(str(root), files)
+    files: Files = {file.relative_to(root).parts: file for file in found if file.is_file()}
+    return _rows(str(root), files, noun)
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -67,14 +73,17 @@ def _zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield member.filename, archive.read(member)
 
 
-def _rows(source: str, files: Files) -> dict[str, Rows]:
+def _rows(source: str, files: Files, noun: str) -> dict[str, Rows]:
     # What file managers leave behind.
     hidden = {parts for parts in files if "__MACOSX" in parts or any(part.startswith(".") for part in parts)}
-    files = {parts: read for parts, read in files.items() if parts not in hidden}
+    files = {parts: file for parts, file in files.items() if parts not in hidden}
+    everything = set(files)
+    if noun == "image":
+        files = {parts: file for parts, file in files.items() if parts[-1].lower().endswith(_IMAGES)}
     depths = Counter(len(parts) for parts in files if len(parts) > 1)
     if not depths:
-        found = ", ".join("/".join(parts) for parts in sorted(files)[:5]) or "no files"
-        raise InputError(f"{source} holds no class folders. {_EXPECTED} Found: {found}.")
+        found = ", ".join("/".join(parts) for parts in sorted(everything)[:5]) or "no files"
+        raise InputError(f"{source} holds no class folders of {noun}s. {_EXPECTED.format(noun)} Found: {found}.")
     depth = depths.most_common(1)[0][0]
     splits: dict[str, list[Parts]] = {}
     for parts in sorted(files):
@@ -84,21 +93,27 @@ def _rows(source: str, files: Files) -> dict[str, Rows]:
     if len(splits) > 1:
         splits.pop(WHOLE, None)
     kept = {parts for members in splits.values() for parts in members}
-    image = next((parts for parts in kept if parts[-1].lower().endswith(_IMAGES)), None)
-    if image:
-        raise InputError(f"{source} holds images ({'/'.join(image)}), but texts are expected, one per file.")
-    notes = _ignored(source, sorted(set(files) - kept))
+    image = next((parts for parts in sorted(kept) if parts[-1].lower().endswith(_IMAGES)), None)
+    if image and noun == "text":
+        raise InputError(
+            f"{source} holds images ({'/'.join(image)}), but texts are expected, one per file. Set data.modality=image "
+            "to classify images."
+        )
+    notes = _ignored(source, sorted(everything - kept))
     result = {}
     for split, members in splits.items():
         names = ["/".join(parts) for parts in members]
-        texts = [check_text(f"{'/'.join(parts)} in {source}", files[parts]()) for parts in members]
-        columns: dict[str, Sequence[str]] = {
-            "text": texts,
-            "label": [parts[-2] for parts in members],
-            "file": names,
-        }
-        result[split] = Rows(source, columns, text="text", files=names, notes=notes)
+        columns: dict[str, Sequence[Any]] = {"label": [parts[-2] for parts in members], "file": names}
+        if noun == "text":
+            columns["text"] = [check_text(f"{'/'.join(parts)} in {source}", _bytes(files[parts])) for parts in members]
+        else:
+            columns["image"] = [files[parts] for parts in members]
+        result[split] = Rows(source, columns, text=noun, files=names, notes=notes)
     return result
+
+
+def _bytes(file: Path | bytes) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
 
 
 def _ignored(source: str, files: list[Parts]) -> list[str]:

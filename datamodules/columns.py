@@ -39,9 +39,18 @@ class Texts(NamedTuple):
 
 def text_column(rows: Rows, named: str | None) -> str:
     """The name of the text column: ``named``, else the source's own, else the first of ``TEXT_NAMES`` that exists."""
+    return column_of(rows, "text", named, rows.text, TEXT_NAMES)
+
+
+def column_of(rows: Rows, role: str, named: str | None, own: str | None, candidates: Sequence[str]) -> str:
+    """The name of a column: ``named``, else the source's ``own``, else the first of ``candidates`` that exists.
+
+    Raises:
+        InputError: It is not there; ``role`` says which key names it.
+    """
     if named is not None:
-        return _existing(rows, "text", named)
-    return rows.text or _detected(rows, "text", TEXT_NAMES)
+        return _existing(rows, role, named)
+    return own or _detected(rows, role, candidates)
 
 
 def label_column(rows: Rows, named: str | None) -> str:
@@ -73,7 +82,7 @@ def read_texts(rows: Rows, columns: ColumnNames) -> Texts:
     column = _rationale_column(rows, columns.rationale)
     if column is None:
         return Texts(texts, pairs, marks, spans)
-    values = [None if _is_missing(value) else value for value in rows.values(column)]
+    values = [None if is_missing(value) else value for value in rows.values(column)]
     by_character = any(isinstance(text, str) and parse_spans(value) for text, value in zip(texts, values, strict=True))
     for index, value in enumerate(values):
         text, place = texts[index], rows.place(index)
@@ -122,7 +131,7 @@ def _no_rationale(value: object, column: str, place: str, more: str = "") -> Inp
 def _texts(rows: Rows, column: str) -> list[Text]:
     texts = _split_lists(rows.values(column))
     for index, text in enumerate(texts):
-        if _is_missing(text):
+        if is_missing(text):
             raise InputError(
                 f"{rows.place(index)}: the text (column '{column}') is missing or empty. Fill it in, or drop the row."
             )
@@ -164,11 +173,12 @@ def _rationale_column(rows: Rows, named: str | None) -> str | None:
     if RATIONALE_NAME not in rows.columns:
         return None
     # Some data sets call a free-text explanation "rationale": what was not asked for must not stop the run.
-    first = next((value for value in rows.values(RATIONALE_NAME) if not _is_missing(value)), None)
+    first = next((value for value in rows.values(RATIONALE_NAME) if not is_missing(value)), None)
     return None if parse_rationale(first) is None and parse_spans(first) is None else RATIONALE_NAME
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 

@@ -25,3 +25,9 @@ class TextExample:
     text_pair: str | list[str] | None = None
     rationale: list[int] | None = None
     spans: list[tuple[int, int]] | None = None
+
+    @property
+    def content(self) -> str:
+        """What makes two examples equal: their words, whatever the white space between them."""
+        texts = [text if isinstance(text, str) else " ".join(text) for text in (self.text, self.text_pair or "")]
+        return "\n".join(" ".join(text.split()) for text in texts)

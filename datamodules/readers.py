@@ -16,7 +16,7 @@ from calig.pipeline.errors import InputError, unknown
 SUFFIXES = (*TABLES, *ARCHIVES)
 
 
-def read_local(path: str, header: bool = True, quoted: bool | None = None) -> dict[str, Rows]:
+def read_local(path: str, header: bool = True, quoted: bool | None = None, noun: str = "text") -> dict[str, Rows]:
     """Read a file or folder as far as it goes: which splits there must be is for the caller to say.
 
     Args:
@@ -25,6 +25,7 @@ def read_local(path: str, header: bool = True, quoted: bool | None = None) -> di
             ``dev`` mean ``val``); a folder that ``save_to_disk`` wrote; a folder of class folders.
         header: False where a csv or tsv file has no header line; its columns are then named "0", "1", ...
         quoted: Whether quote characters in csv or tsv enclose a field; None: in csv they do, in tsv they do not.
+        noun: What the files of class folders are: ``text`` or ``image``.
 
     Returns:
         Rows by split; a source without splits is the one split ``WHOLE``.
@@ -34,14 +35,14 @@ def read_local(path: str, header: bool = True, quoted: bool | None = None) -> di
     """
     root = Path(path)
     if not root.is_dir():
-        return _read_any(root, header, quoted)
+        return _read_any(root, header, quoted, noun)
     try:
-        return _read_folder(path, root, header, quoted)
+        return _read_folder(path, root, header, quoted, noun)
     except OSError as error:
         raise InputError(f"data.path='{path}' cannot be read: {gist(error)}") from error
 
 
-def _read_folder(path: str, root: Path, header: bool, quoted: bool | None) -> dict[str, Rows]:
+def _read_folder(path: str, root: Path, header: bool, quoted: bool | None, noun: str) -> dict[str, Rows]:
     if is_saved(root):
         return read_saved(root)
     entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
@@ -50,13 +51,13 @@ def _read_folder(path: str, root: Path, header: bool, quoted: bool | None) -> di
     for split in SPLIT_NAMES:
         claiming = _claiming(split, files)
         if claiming:
-            splits[split] = _one_split(path, split, claiming, header, quoted)
+            splits[split] = _one_split(path, split, claiming, header, quoted, noun)
     if splits:
         return splits
     below = [file for pattern in ("*/*", "*/*/*") for file in root.glob(pattern) if file.is_file()]
-    # Texts have no suffix of a table or archive: such a folder is one of data sets, not of classes.
+    # Texts and images have no suffix of a table or archive: such a folder is one of data sets, not of classes.
     if below and not any(suffix_of(file) in SUFFIXES for file in below):
-        return read_folder(root)
+        return read_folder(root, noun)
     raise nothing_for(path, "train, val or test", entries)
 
 
@@ -86,10 +87,10 @@ def nothing_for(path: str, what: str, entries: Sequence[Path] | None = None) -> 
     )
 
 
-def _read_any(path: Path, header: bool, quoted: bool | None) -> dict[str, Rows]:
+def _read_any(path: Path, header: bool, quoted: bool | None, noun: str) -> dict[str, Rows]:
     if suffix_of(path) in ARCHIVES:
         _check_exists(path)
-        return read_archive(path)
+        return read_archive(path, noun)
     return {WHOLE: read_file(path, header, quoted)}
 
 
@@ -100,7 +101,7 @@ def _claiming(split: str, files: Sequence[Path]) -> list[Path]:
     return exact or [file for file, stem in stems.items() if split_named(stem) == split]
 
 
-def _one_split(path: str, split: str, files: Sequence[Path], header: bool, quoted: bool | None) -> Rows:
+def _one_split(path: str, split: str, files: Sequence[Path], header: bool, quoted: bool | None, noun: str) -> Rows:
     shards = [file for file in files if re.search(r"-\d+-of-\d+\.", file.name)]
     if len(files) > 1 and len(shards) < len(files):
         names = ", ".join(file.name for file in files)
@@ -114,7 +115,7 @@ def _one_split(path: str, split: str, files: Sequence[Path], header: bool, quote
             )
     parts: list[Rows] = []
     for file in files:
-        found = _read_any(file, header, quoted)
+        found = _read_any(file, header, quoted, noun)
         if set(found) - {WHOLE, split}:
             raise InputError(
                 f"{file} holds the splits {', '.join(found)}, but its name says {split}. "

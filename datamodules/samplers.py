@@ -25,14 +25,24 @@ class EpochSampler(DistributedSampler[int]):
         processes: How many there are.
         epoch: Of the first pass. Loader processes read ahead before ``set_epoch`` is called.
         start: Rows of this process that the first pass leaves out without loading them: they were trained on.
+        tell_epoch: Give (epoch, row) in place of the row: a data set in a loader process cannot know the epoch.
     """
 
     def __init__(
-        self, dataset: Any, seed: int, *, rank: int = 0, processes: int = 1, epoch: int = 0, start: int = 0
+        self,
+        dataset: Any,
+        seed: int,
+        *,
+        rank: int = 0,
+        processes: int = 1,
+        epoch: int = 0,
+        start: int = 0,
+        tell_epoch: bool = False,
     ) -> None:
         super().__init__(dataset, num_replicas=processes, rank=rank, shuffle=True, seed=seed)
         self.epoch = epoch
         self.start = start
+        self.tell_epoch = tell_epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
@@ -40,12 +50,13 @@ class EpochSampler(DistributedSampler[int]):
             self.start = 0
         super().set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         order = torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
         while 0 < len(order) < self.total_size:
             order += order[: self.total_size - len(order)]
-        yield from order[self.rank :: self.num_replicas][self.start :]
+        mine = order[self.rank :: self.num_replicas][self.start :]
+        yield from ((self.epoch, row) for row in mine) if self.tell_epoch else mine
 
 
 class ExactShare(DistributedSampler[int]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,17 +21,17 @@ from calig.datamodules.labels import (
 from calig.datamodules.readers import nothing_for, read_local
 from calig.datamodules.rows import WHOLE, Rows
 from calig.datamodules.settings import TextDataConfig
-from calig.datamodules.splits import SPLITS, cut_missing, limit, shared_texts
+from calig.datamodules.splits import SPLITS, cut_missing, limit, shared_examples
 from calig.pipeline.errors import InputError, unknown
 
 CONTROLLED = "controlled"
 
 
 @dataclass(frozen=True)
-class TextCorpus:
+class Corpus:
     """The examples of every split that exists, the class names in index order, and remarks for the user."""
 
-    splits: dict[str, list[TextExample]]
+    splits: dict[str, list[Any]]
     label_names: list[str]
     notes: list[str] = field(default_factory=list)
 
@@ -56,30 +56,55 @@ class Use:
         return self.label_names is None and self.require_labels
 
 
-def load_corpus(config: TextDataConfig, seed: int, use: Use | None = None) -> TextCorpus:
+@dataclass(frozen=True)
+class Kind:
+    """What the examples are: texts, or images (``image_sources``).
+
+    Attributes:
+        noun: In messages.
+        generated: The name of the data set that is generated.
+        classes: Its classes.
+        generate: Its splits, of the configuration and the seed.
+        examples: Makes examples of rows and their class indices.
+    """
+
+    noun: str
+    generated: str
+    classes: Callable[[], Sequence[str]]
+    generate: Callable[[Any, int], dict[str, list[Any]]]
+    examples: Callable[[Rows, Any, Sequence[int] | None], list[Any]]
+
+
+def load_corpus(config: Any, seed: int, use: Use | None = None, kind: Kind | None = None) -> Corpus:
     """Read the source that the configuration names; deterministic by ``seed``.
 
     To train, a split that the source does not have is cut from train, never from test. For a model that is trained
     already (see ``Use``) the splits are those of the source. ``sample_id`` is the row index in the file or hub split
     that a row comes from, whatever was cut or limited.
 
+    Args:
+        config: The ``data`` part of the configuration.
+        seed: Of cuts, limits and generated data.
+        use: What the data are for; None: to train.
+        kind: What the examples are; None: texts.
+
     Raises:
         InputError: No source or two are named, a file or a row is wrong, or a split is empty.
     """
-    use = use or Use()
+    use, kind = use or Use(), kind or TEXTS
     if (config.name is None) == (config.path is None):
         given = "none" if config.path is None else f"both '{config.name}' and '{config.path}'"
         raise InputError(
             f"one data source is needed, {given} given: data.path=FILE_OR_FOLDER (with data.name=null), "
-            f"data.name=HUB_NAME (with data.path=null) or data.name={CONTROLLED}."
+            f"data.name=HUB_NAME (with data.path=null) or data.name={kind.generated}."
         )
-    if config.name == CONTROLLED:
-        corpus = _controlled(config, seed, use)
+    if config.name == kind.generated:
+        corpus = _generated(config, seed, use, kind)
     else:
-        source = _read(config, use)
-        corpus = _trained(source, config) if use.trains else _given(source, config, use)
+        source = _read(config, use, kind)
+        corpus = _trained(source, config, kind) if use.trains else _given(source, config, use, kind)
         if use.trains:
-            corpus.notes.extend(shared_texts(corpus.splits))
+            corpus.notes.extend(shared_examples(corpus.splits, kind.noun))
     splits = corpus.splits
     if use.trains:
         splits = cut_missing(splits, config.val_fraction, config.test_fraction, seed)
@@ -93,34 +118,39 @@ def load_corpus(config: TextDataConfig, seed: int, use: Use | None = None) -> Te
         met = {example.label for example in limited["train"]}
         unmet = [name for index, name in enumerate(corpus.label_names) if index not in met]
         if unmet:
-            corpus.notes.append(f"no training text of {', '.join(unmet[:8])}{', ...' if len(unmet) > 8 else ''}")
+            corpus.notes.append(f"no training {kind.noun} of {', '.join(unmet[:8])}{', ...' if len(unmet) > 8 else ''}")
     return replace(corpus, splits=limited)
 
 
-def read_column(config: TextDataConfig, seed: int, use: Use, split: str, column: str, named_by: str) -> Sequence[Any]:
+def read_column(
+    config: Any, seed: int, use: Use, split: str, column: str, named_by: str, kind: Kind | None = None
+) -> Sequence[Any]:
     """The values of any column of a split, one per row of the source: entry i is that of ``sample_id`` i.
 
-    The controlled corpus has the columns of ``controlled_columns``.
+    The controlled corpus has the columns of ``controlled_columns``, generated images have none.
 
     Raises:
         InputError: There is no such column; ``named_by`` says which key asks for it.
     """
+    kind = kind or TEXTS
     if config.name == CONTROLLED:
         from calig.datamodules.controlled_columns import COLUMNS, columns_of
 
         if column not in COLUMNS:
             raise unknown("column", column, COLUMNS, f"Named by {named_by}; the columns of data.name={CONTROLLED}.")
-        return [columns_of(example)[column] for example in _generated(config, seed)[split]]
-    splits = _read(config, use)
+        return [columns_of(example)[column] for example in kind.generate(config, seed)[split]]
+    if config.name == kind.generated:
+        raise unknown("column", column, (), f"Named by {named_by}; data.name={kind.generated} has no columns.")
+    splits = _read(config, use, kind)
     rows = splits.get(split, next(iter(splits.values())))  # a split that was cut from train counts train's rows
     if column not in rows.columns:
         raise unknown("column", column, rows.columns, f"Named by {named_by}, looked for in {rows.source}.")
     return rows.values(column)
 
 
-def _read(config: TextDataConfig, use: Use) -> dict[str, Rows]:
+def _read(config: Any, use: Use, kind: Kind) -> dict[str, Rows]:
     if config.path is not None:
-        splits = read_local(config.path, config.header, config.quoted)
+        splits = read_local(config.path, config.header, config.quoted, kind.noun)
     else:
         splits = read_hub(str(config.name), getattr(config, "config", None), config.revision)
     if WHOLE in splits:
@@ -135,9 +165,9 @@ def _read(config: TextDataConfig, use: Use) -> dict[str, Rows]:
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
-def _trained(splits: Mapping[str, Rows], config: TextDataConfig) -> TextCorpus:
+def _trained(splits: Mapping[str, Rows], config: Any, kind: Kind) -> Corpus:
     """Labels as classes of the training split."""
-    examples: dict[str, list[TextExample]] = {}
+    examples: dict[str, list[Any]] = {}
     notes = [note for rows in splits.values() for note in rows.notes]
     names: list[str] = []
     trained: set[int] | None = None
@@ -154,22 +184,22 @@ def _trained(splits: Mapping[str, Rows], config: TextDataConfig) -> TextCorpus:
             names = class_order(present, config.label_map, declared)
         labels = class_indices(present, names, config.label_map, rows, column, trained)
         trained = set(labels) if split == "train" else trained
-        examples[split] = _examples(rows, config, labels)
-    return TextCorpus(examples, names, list(dict.fromkeys(notes)))
+        examples[split] = kind.examples(rows, config, labels)
+    return Corpus(examples, names, list(dict.fromkeys(notes)))
 
 
-def _given(splits: Mapping[str, Rows], config: TextDataConfig, use: Use) -> TextCorpus:
+def _given(splits: Mapping[str, Rows], config: Any, use: Use, kind: Kind) -> Corpus:
     """Labels, where there are any, as classes of the model."""
-    examples: dict[str, list[TextExample]] = {}
+    examples: dict[str, list[Any]] = {}
     notes = [note for rows in splits.values() for note in rows.notes]
     for split, rows in splits.items():
         labels, note = _labels_for_model(rows, config, use)
         notes += [note] if note else []
-        examples[split] = _examples(rows, config, labels)
-    return TextCorpus(examples, list(use.label_names or []), list(dict.fromkeys(notes)))
+        examples[split] = kind.examples(rows, config, labels)
+    return Corpus(examples, list(use.label_names or []), list(dict.fromkeys(notes)))
 
 
-def _labels_for_model(rows: Rows, config: TextDataConfig, use: Use) -> tuple[Sequence[int] | None, str]:
+def _labels_for_model(rows: Rows, config: Any, use: Use) -> tuple[Sequence[int] | None, str]:
     """The labels of all rows, or None and why."""
     named = config.columns.label
     if not use.require_labels:
@@ -208,32 +238,43 @@ def _examples(rows: Rows, config: TextDataConfig, labels: Sequence[int] | None) 
     ]
 
 
-def _controlled(config: TextDataConfig, seed: int, use: Use) -> TextCorpus:
-    from calig.datamodules.controlled import LABELS
-
-    splits = _generated(config, seed)
+def _generated(config: Any, seed: int, use: Use, kind: Kind) -> Corpus:
+    splits, labels = kind.generate(config, seed), kind.classes()
     if use.label_names is None:
-        return TextCorpus(splits, list(LABELS))
+        return Corpus(splits, list(labels))
     names = list(use.label_names)
-    if set(LABELS) <= set(names):
-        index = [names.index(label) for label in LABELS]
-    elif unnamed(names) and len(names) == len(LABELS):
-        index = list(range(len(LABELS)))
+    if set(labels) <= set(names):
+        index = [names.index(label) for label in labels]
+    elif unnamed(names) and len(names) == len(labels):
+        index = list(range(len(labels)))
     else:
         raise InputError(
-            f"data.name={CONTROLLED} has the classes {', '.join(LABELS)}, the model has {', '.join(names[:8])}: "
-            "explain a model that was trained on this corpus, or other data."
+            f"data.name={kind.generated} has the classes {', '.join(labels)}, the model has {', '.join(names[:8])}: "
+            "explain a model that was trained on these data, or other data."
         )
     relabelled = {
         split: [e if e.label is None else replace(e, label=index[e.label]) for e in examples]
         for split, examples in splits.items()
     }
-    return TextCorpus(relabelled, names)
+    return Corpus(relabelled, names)
 
 
-def _generated(config: TextDataConfig, seed: int) -> dict[str, list[TextExample]]:
+def sizes_of(config: Any) -> dict[str, int]:
+    """``data.size``: how many examples of every split are generated."""
+    size = config.size
+    return {split: size[split] if isinstance(size, Mapping) else getattr(size, split) for split in SPLITS}
+
+
+def _sentences(config: TextDataConfig, seed: int) -> dict[str, list[TextExample]]:
     from calig.datamodules.controlled import generate
 
-    size = config.size
-    sizes = size if isinstance(size, Mapping) else {split: getattr(size, split) for split in SPLITS}
-    return dict(generate(sizes, seed))
+    return generate(sizes_of(config), seed)
+
+
+def _polarities() -> Sequence[str]:
+    from calig.datamodules.controlled import LABELS
+
+    return LABELS
+
+
+TEXTS = Kind("text", CONTROLLED, _polarities, _sentences, _examples)

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
-from calig.datamodules.examples import TextExample
 from calig.pipeline.errors import InputError
 
 SPLITS = ("train", "val", "test")
 
 
+class Example(Protocol):
+    """An example of any kind."""
+
+    @property
+    def content(self) -> str | bytes:
+        """What makes two examples equal."""
+
+
+AnyExample = TypeVar("AnyExample", bound=Example)
+
+
 def cut_missing(
-    splits: Mapping[str, list[TextExample]], val_fraction: float, test_fraction: float, seed: int
-) -> dict[str, list[TextExample]]:
+    splits: Mapping[str, list[AnyExample]], val_fraction: float, test_fraction: float, seed: int
+) -> dict[str, list[AnyExample]]:
     """Cut the splits that are not there from ``train``: a seeded draw of rows, each part in row order.
 
-    Rows of equal text end in the same part, or a model would be tested on what it was trained on. A fraction counts
+    Rows of equal content end in the same part, or a model would be tested on what it was trained on. A fraction counts
     rows of the whole training split; 0 leaves the split out.
 
     Raises:
@@ -28,9 +39,9 @@ def cut_missing(
         if not 0 <= fraction < 1:
             raise InputError(f"data.{split}_fraction={fraction} is not a share of the training rows: 0 <= share < 1.")
     train = splits["train"]
-    groups: dict[str, list[int]] = {}
+    groups: dict[str | bytes, list[int]] = {}
     for row, example in enumerate(train):
-        groups.setdefault(_content(example), []).append(row)
+        groups.setdefault(example.content, []).append(row)
     members = list(groups.values())
     room = {split: max(1, round(fraction * len(train))) for split, fraction in missing.items()}
     parts: dict[str, list[int]] = {split: [] for split in (*missing, "train")}
@@ -41,7 +52,9 @@ def cut_missing(
         if part != "train":
             room[part] -= len(group)
     if not all(parts.values()):
-        different = "" if len(members) == len(train) else f" ({len(members)} different texts, which stay together)"
+        different = (
+            "" if len(members) == len(train) else f" ({len(members)} different ones, whose copies stay together)"
+        )
         raise InputError(
             f"the training split has {len(train)} rows{different}: too few to cut "
             f"{' and '.join(missing) or 'anything'} from it. "
@@ -50,7 +63,7 @@ def cut_missing(
     return dict(splits) | {part: [train[row] for row in sorted(rows)] for part, rows in parts.items()}
 
 
-def limit(examples: list[TextExample], count: int | None, key: str, seed: str) -> list[TextExample]:
+def limit(examples: list[AnyExample], count: int | None, key: str, seed: str) -> list[AnyExample]:
     """A seeded random subset in row order; a smaller ``count`` gives a part of the larger one's rows."""
     if count is None or count >= len(examples):
         return examples
@@ -59,21 +72,15 @@ def limit(examples: list[TextExample], count: int | None, key: str, seed: str) -
     return [examples[row] for row in sorted(_shuffled(len(examples), seed)[:count])]
 
 
-def shared_texts(splits: Mapping[str, Sequence[TextExample]]) -> list[str]:
-    """Remarks on texts of val and test that train has too."""
-    seen = {_content(example) for example in splits.get("train", ())}
+def shared_examples(splits: Mapping[str, Sequence[Example]], noun: str) -> list[str]:
+    """Remarks on examples of val and test that train has too."""
+    seen = {example.content for example in splits.get("train", ())}
     remarks = []
     for split in SPLITS[1:]:
-        shared = sum(_content(example) in seen for example in splits.get(split, ()))
+        shared = sum(example.content in seen for example in splits.get(split, ()))
         if shared:
-            remarks.append(f"{shared:,} of the {len(splits[split]):,} {split} texts are in train too")
+            remarks.append(f"{shared:,} of the {len(splits[split]):,} {split} {noun}s are in train too")
     return remarks
-
-
-def _content(example: TextExample) -> str:
-    """What makes two examples equal: their words, whatever the white space between them."""
-    texts = [text if isinstance(text, str) else " ".join(text) for text in (example.text, example.text_pair or "")]
-    return "\n".join(" ".join(text.split()) for text in texts)
 
 
 def _shuffled(count: int, seed: str) -> list[int]:

@@ -141,7 +141,9 @@ def test_equal_texts_stay_together():
     # What differs only in its second text is not the same.
     pairs = [TextExample(i, "same", i % 2, text_pair=f"other {i}") for i in range(10)]
     assert len(cut_missing({"train": pairs}, 0.1, 0.2, seed=0)["test"]) == 2
-    with pytest.raises(InputError, match=r"has 20 rows \(2 different texts, which stay together\): too few to cut"):
+    with pytest.raises(
+        InputError, match=r"has 20 rows \(2 different ones, whose copies stay together\): too few to cut"
+    ):
         cut_missing({"train": [TextExample(i, "ab"[i % 2], 0) for i in range(20)]}, 0.1, 0.2, seed=0)
 
 
