@@ -265,8 +265,9 @@ class Calibrator:
         def better(candidates: Sequence[Candidate]) -> Candidate:
             top = max(map(score, candidates))
             near = [candidate for candidate in candidates if score(candidate) >= top - _NOISE]
-            # Of equals the one nearest to an even mix: a choice that the data do not make should not look like one.
-            return min(near, key=lambda c: abs(c.lam - 0.5) if isinstance(c.lam, float | int) else 0.0)
+            # Of equals the one nearest to the default: a choice that the data do not make should not look like one.
+            usual = default.lam if isinstance(default.lam, float | int) else 0.5
+            return min(near, key=lambda c: abs(c.lam - usual) if isinstance(c.lam, float | int) else 0.0)
 
         best = better(grid)
         if self.settings.asked.get("lam") == "per_layer":

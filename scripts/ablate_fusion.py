@@ -10,7 +10,7 @@ Without --adaptive, on the validation split: the forms of METHODS 2.3 over lambd
 gradients, at the input or along the path; normalised or in logit units; evidence alone, and attention gradients alone.
 With it (METHODS 2.5): fusions chosen on the validation split, measured on the test split beside the default.
 
-Each row is compared with the default, `column` with lambda 0.5, sample by sample: mean difference, and * where its 95 %
+Each row is compared with the default, `column` with lambda 0.7, sample by sample: mean difference, and * where its 95 %
 interval leaves 0 out.
 """
 
@@ -42,7 +42,7 @@ from calig.pipeline.run import RunContext, RunDirectory
 
 METRICS = ("comprehensiveness", "sufficiency", "token_f1", "auprc")
 LAMBDAS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
-DEFAULT = "column 0.5"
+DEFAULT = "column 0.7"
 OBJECTIVES = {"comprehensiveness - sufficiency": "faithfulness", "token_f1": "token_f1"}
 GRADIENTS: dict[str, dict[str, Any]] = {
     "positive": {},
@@ -73,7 +73,7 @@ def variants(found: dict[str, Ingredients]) -> dict[str, Tensor]:
         f"{form} {lam}": parts.fused(form, lam)[0][:, -1] for form in ("column", "diagonal", "late") for lam in LAMBDAS
     }
     scores["gated"] = parts.fused("gated", 0.5)[0][:, -1]
-    for lam in (0.5, 0.8):
+    for lam in (0.5, 0.7):
         scores[f"column {lam}, logit units"] = in_logit_units(parts, lam)
         scores[f"column {lam}, G along the path"] = found["path"].fused("column", lam)[0][:, -1]
         for form in ("column", "diagonal", "late"):
@@ -94,7 +94,7 @@ def chosen(context: RunContext, samples: int, steps: int | str) -> dict[str, Can
         "form and lam": {"fusion": "auto", "lam": "auto"},
     }
     marked = any(1 in row["rationale"] for row in data.dataset("val").rows)
-    found = {DEFAULT: Candidate("column", 0.5)}
+    found = {DEFAULT: Candidate("column", 0.7)}
     for objective in list(OBJECTIVES)[: 1 + marked]:
         settings = CalibrationSettings({"steps": steps}, {}, objective=objective, operator="delete")
         calibrator = Calibrator(module.model, data.tokenizer, settings)

@@ -72,7 +72,7 @@ def test_lams_that_do_not_fit(bert, batch, options, words):
 TOKENIZER = SimpleNamespace(
     pad_token_id=0, mask_token_id=3, cls_token_id=1, sep_token_id=2, all_special_ids=[0, 1, 2, 3]
 )
-GRID = (0.0, 0.2, 0.5, 0.8, 1.0)
+GRID = (0.0, 0.2, 0.4, 0.7, 1.0)
 
 
 def make_samples():
@@ -156,7 +156,7 @@ def test_auto_is_the_best_of_the_grid_by_brute_force(objective, operator, option
     assert [point.candidate.lam for point in found.points] == grid
     for point in found.points:
         assert point.score == pytest.approx(reference[point.candidate.lam], abs=1e-6)
-        assert point.gain == pytest.approx(reference[point.candidate.lam] - reference[0.5], abs=1e-6)
+        assert point.gain == pytest.approx(reference[point.candidate.lam] - reference[0.7], abs=1e-6)
         assert point.low - 1e-9 <= point.gain <= point.high + 1e-9
     assert found.best.score == max(point.score for point in found.points)
     assert reference[found.best.candidate.lam] == pytest.approx(max(reference.values()), abs=1e-6)
@@ -329,7 +329,7 @@ def test_a_run_explains_with_what_it_chose(run_dir):
     lam = stored["chosen"]["lam"]
     assert lam in (0.2, 0.9) and stored["chosen"].keys() == {"lam"}
     assert (stored["num_samples"], stored["split"], stored["operator"]) == (9, "val", "delete")
-    assert [point["lam"] for point in stored["points"]] == [0.2, 0.9, 0.5]
+    assert [point["lam"] for point in stored["points"]] == [0.2, 0.9, 0.7]
     best = max(stored["points"][:2], key=lambda point: point["score"])
     assert stored["score"] == pytest.approx(best["score"], abs=1e-6)
     summary = json.loads((run_dir / "summary.json").read_text())

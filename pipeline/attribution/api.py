@@ -58,7 +58,7 @@ def attribute(
         special_tokens_mask: (B, T) 1 on special tokens; without it the tokenizer, then the model's config decide.
         blocks: Where the blocks of a module of your own are, if not found; see `ExplainableModel`.
         embedding: Its word embedding, likewise.
-        **options: Options of the method, for example `steps=16`, `baseline="pad"`, `path="shared"`, `lam=0.5`.
+        **options: Options of the method, for example `steps=16`, `baseline="pad"`, `path="shared"`, `lam=0.7`.
 
     Returns:
         The attribution; for `target` of shape (B, K) a list of K, computed from the same forward passes.

@@ -27,8 +27,9 @@ class CALIGOptions(PathOptions):
     """One line between the embedding outputs for all layers, or a line of its own at each layer (METHODS 1)."""
     fusion: Literal["column", "diagonal", "gated", "late"] = "column"
     """How token evidence meets the attention gradient (METHODS 2.3)."""
-    lam: float | list[float] | tuple[float, ...] = 0.5
-    """Share of the evidence against the attention gradient, for all blocks or one for each; `gated` has none."""
+    lam: float | list[float] | tuple[float, ...] = 0.7
+    """Share of the evidence against the attention gradient, for all blocks or one for each; `gated` has none. The
+    default is what docs/fusion.md supports: more evidence is more faithful, less agrees with human rationales."""
     attention_gradient: Literal["positive", "signed"] = "positive"
     """Positive part of each head's attention times gradient, or its signed value (METHODS 2.2)."""
     attention_gradient_at: Literal["point", "path"] = "point"
