@@ -16,7 +16,7 @@ from calig.datamodules.collate import TextCollator
 from calig.datamodules.examples import TextExample
 from calig.datamodules.settings import TextDataConfig
 from calig.datamodules.sources import TEXTS, load_corpus
-from calig.datamodules.tokenization import check_length, encode_all, ensure_pad_token, train_wordpiece
+from calig.datamodules.tokenization import TRAINED, check_length, encode_all, ensure_pad_token
 from calig.pipeline.errors import InputError
 
 # Below this number of texts tokenising takes a moment and needs no progress bar.
@@ -56,7 +56,7 @@ class TextDataModule(ClassificationData[EncodedDataset]):
 
     Args:
         config: The ``data`` part of the configuration.
-        tokenizer: The model's tokenizer; None trains a word-piece tokenizer on the training split.
+        tokenizer: The model's tokenizer; None trains one on the training split.
         vocab_size: Its size, where it is trained here.
         seed: Decides cut splits, limits, the controlled corpus and the training order.
         padding_side: Where batches are padded; only models whose logits do not depend on it may take "left".
@@ -66,6 +66,7 @@ class TextDataModule(ClassificationData[EncodedDataset]):
             training split. Labels are read if ``label_names`` says what they mean.
         split: Which split the rows of a single file are, where nothing is trained (either argument above).
         max_positions: The longest input that the model takes (see ``longest_input``); None: what the tokenizer says.
+        train_kind: Kind of the tokenizer that is trained here, of ``tokenization.TRAINED``.
     """
 
     kind = TEXTS
@@ -81,9 +82,11 @@ class TextDataModule(ClassificationData[EncodedDataset]):
         require_labels: bool = True,
         split: str = "test",
         max_positions: int | None = None,
+        train_kind: str = "wordpiece",
     ) -> None:
         super().__init__(config, seed, label_names, require_labels, split)
         self.vocab_size = vocab_size
+        self.train_kind = train_kind
         self.padding_side = padding_side
         self.max_positions = max_positions
         self._tokenizer = tokenizer
@@ -125,7 +128,7 @@ class TextDataModule(ClassificationData[EncodedDataset]):
                     "or model.checkpoint to the folder of the model that is to be explained."
                 )
             texts = [text for e in corpus.splits["train"] for text in (e.text, e.text_pair) if text is not None]
-            self._tokenizer = train_wordpiece(texts, self.vocab_size, length)
+            self._tokenizer = TRAINED[self.train_kind](texts, self.vocab_size, length)
         ensure_pad_token(self._tokenizer)
         pairs = any(examples[0].text_pair is not None for examples in corpus.splits.values())
         check_length(self._tokenizer, length, pairs, self.max_positions)

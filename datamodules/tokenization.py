@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from transformers import BertTokenizer, PreTrainedTokenizerBase
+from transformers import BertTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 
 from calig.datamodules.columns import Text
 from calig.datamodules.examples import TextExample
@@ -49,6 +49,44 @@ def train_wordpiece(
     if max_length is not None:
         tokenizer.model_max_length = max_length
     return tokenizer
+
+
+def train_byte_pairs(texts: Iterable[Text], vocab_size: int, max_length: int | None = None) -> RobertaTokenizer:
+    """Train a byte-level BPE tokenizer, the kind that decoders bring, deterministic as `train_wordpiece` is.
+
+    Pieces, bytes and prefix spaces are GPT-2's. The texts stand between ``<s>`` and ``</s>``: a causal model reads its
+    decision at the last token, and the end token is the one that has nothing of its own to say (Radford et al. 2018
+    call it the extract token). Pad, mask and unknown token have ids of their own, and there are no token types, which
+    GPT-2 would look up in its word table.
+
+    Args:
+        texts: The training texts, and only those.
+        vocab_size: Upper bound; 256 bytes and 5 special tokens are always in it.
+        max_length: Stored as the tokenizer's ``model_max_length``.
+
+    Raises:
+        InputError: ``vocab_size`` does not even hold the bytes.
+    """
+    lines = [_joined(text) for text in texts]
+    # A text begins as any word inside it does: the same word is the same token everywhere.
+    fresh = RobertaTokenizer(add_prefix_space=True)
+    least = len(fresh) + 256
+    if vocab_size < least:
+        raise InputError(
+            f"vocab_size={vocab_size} is too small: a byte-level vocabulary holds at least {least} pieces."
+        )
+    batches = (lines[start : start + CHUNK] for start in range(0, len(lines), CHUNK))
+    tokenizer = fresh.train_new_from_iterator(batches, vocab_size, show_progress=False)
+    if max_length is not None:
+        tokenizer.model_max_length = max_length
+    return tokenizer
+
+
+TRAINED: dict[str, Callable[..., PreTrainedTokenizerBase]] = {
+    "wordpiece": train_wordpiece,
+    "byte_bpe": train_byte_pairs,
+}
+"""Kind of a tokenizer that is trained on the training split -> how (``model.scratch.tokenizer``)."""
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -61,7 +61,10 @@ class ScratchConfig:
     width: int = _key(96, "hidden width, a multiple of heads", low=1)
     heads: int = _key(4, "attention heads per block", low=1)
     intermediate: int | None = _key(None, "width inside the feed-forward part (null: 4 * width)", low=1)
-    vocab_size: int = _key(2000, "size of the word-piece vocabulary trained on the training split", low=16)
+    tokenizer: Literal["wordpiece", "byte_bpe"] = _key(
+        "wordpiece", "kind of tokenizer trained on the training split: wordpiece (BERT's), byte_bpe (for decoders)"
+    )
+    vocab_size: int = _key(2000, "size of the vocabulary trained on the training split", low=16)
     max_positions: int = _key(512, "longest input in tokens", low=2)
     dropout: float = _key(0.1, "dropout of hidden states and attention", low=0, below=1)
     initializer_range: float = _key(0.02, "standard deviation of the initial weights", above=0)

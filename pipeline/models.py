@@ -32,6 +32,15 @@ from calig.pipeline.errors import InputError
 __all__ = ["class_names", "finish_training", "load_checkpoint", "load_model", "load_tokenizer", "prepare_training"]
 
 _NO_HEAD = {"keep_head": False, "need_head": False}
+_SPECIAL = ("pad", "bos", "eos", "cls", "sep")
+# What some families call the width inside the feed-forward part, and dropout.
+_OTHER_NAMES = {
+    **dict.fromkeys(("n_inner", "ffn_dim", "hidden_dim"), "intermediate_size"),
+    **dict.fromkeys(
+        ("dropout", "hidden_dropout", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        "hidden_dropout_prob",
+    ),
+}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -276,13 +285,14 @@ def _from_scratch(config: ModelConfig, labels: dict[str, Any], tokenizer: Any) -
         "attention_probs_dropout_prob": scratch.dropout,
         "initializer_range": scratch.initializer_range,
     }
-    special = {
-        f"{name}_token_id": token
-        for name in ("pad", "bos", "eos", "cls", "sep")
-        if (token := getattr(tokenizer, f"{name}_token_id", None)) is not None
-    }
+    # Also those that the tokenizer lacks: the ids that a family is born with name words of another vocabulary.
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
     try:
-        made = AutoConfig.for_model(scratch.type, **shape, **special, **labels)
+        blank = AutoConfig.for_model(scratch.type)
+        own = {name: shape[key] for name, key in _OTHER_NAMES.items() if hasattr(blank, name)}
+        if hasattr(blank, "num_key_value_heads"):
+            own |= {"num_key_value_heads": scratch.heads, "head_dim": scratch.width // scratch.heads}
+        made = AutoConfig.for_model(scratch.type, **shape, **own, **special, **labels)
         return AutoModelForSequenceClassification.from_config(made, dtype=torch.float32)
     except (ValueError, KeyError) as error:
         raise InputError(f"model.scratch.type={scratch.type} cannot be made: {first_line(error)}") from error

@@ -126,6 +126,7 @@ def _open_checkpoint(path: Path, tokenizer: Any) -> Opened:
             config.data,
             tokenizer or load_tokenizer(config.model),
             vocab_size=config.model.scratch.vocab_size,
+            train_kind=config.model.scratch.tokenizer,
             seed=config.seed,
         )
         data.setup()

@@ -67,6 +67,7 @@ class RunContext:
             config.data,
             tokenizer,
             vocab_size=config.model.scratch.vocab_size,
+            train_kind=config.model.scratch.tokenizer,
             seed=config.seed,
             label_names=names,
             require_labels=self.trains or "test" in config.stages,
