@@ -12,11 +12,19 @@ if TYPE_CHECKING:
     from calig.pipeline.explaining import explain
     from calig.pipeline.explanation import Explanation
     from calig.pipeline.loading import load_explanations
+    from calig.pipeline.next_token import NextTokenExplanation, explain_next_token
     from calig.pipeline.run import run
 
-__all__ = ["Explanation", "explain", "load_explanations", "run"]
+__all__ = ["Explanation", "NextTokenExplanation", "explain", "explain_next_token", "load_explanations", "run"]
 
-_HOME = {"Explanation": "explanation", "explain": "explaining", "load_explanations": "loading", "run": "run"}
+_HOME = {
+    "Explanation": "explanation",
+    "NextTokenExplanation": "next_token",
+    "explain": "explaining",
+    "explain_next_token": "next_token",
+    "load_explanations": "loading",
+    "run": "run",
+}
 
 
 def __getattr__(name: str) -> object:

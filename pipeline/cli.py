@@ -34,6 +34,7 @@ examples:
   calig explain runs/quickstart --text "the plot was not bad"
   calig explain runs/quickstart --text "..." --target negative --method integrated_gradients --html page.html
   calig explain path/to/model --file reviews.csv --out explained
+  calig explain path/to/gpt2 --next-token --text "The capital of France is" --target " Paris" --versus " London"
 """
 
 
@@ -154,7 +155,7 @@ def _add_explain(commands: Any, shared: argparse.ArgumentParser) -> None:
     explain = commands.add_parser(
         "explain",
         parents=[shared],
-        help="explain what a fine-tuned classifier decides about texts",
+        help="explain what a fine-tuned classifier decides about texts, or what a language model writes next",
         description="Explain texts with the model of a run, a Hugging Face folder or a checkpoint.",
         epilog=_EXPLAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -169,10 +170,25 @@ def _add_explain(commands: Any, shared: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="write explanations/part-*.parquet into this new or empty folder")
     add("--html", metavar="FILE", help="write a self-contained page of the explanations")
     add("--method", default="ca_lig", metavar="NAME", help="see `calig methods` (default: ca_lig)")
-    add("--target", default="predicted", metavar="CLASS", help="predicted (default), a class name or its index")
+    add(
+        "--target",
+        default="predicted",
+        metavar="CLASS",
+        help="predicted (default), a class name or its index; see --next-token",
+    )
     add("--steps", metavar="N|auto", help="nodes of the path (default: those of the run, else auto)")
     add("--option", action="append", default=[], metavar="key=value", help="option of the method; may be repeated")
     add("--batch-size", type=int, default=16, metavar="N", help="texts at a time (default: 16)")
+    add = explain.add_argument_group(
+        "next token",
+        "What a causal language model (a Hugging Face folder) would write behind each text. Tokens are given by their "
+        "text, which counts the blank in front (' Paris'), or by id:N; --target is the most likely one by default.",
+    ).add_argument
+    add("--next-token", action="store_true", help="explain the next token")
+    add("--versus", metavar="TOKEN", help="the token that --target is set against: why this rather than that one")
+    add("--top", type=int, metavar="K", help="explain the K most likely next tokens, which share their passes")
+    add("--position", type=int, metavar="N", help="predict from the N-th token, from 0 or -1 (default), the last one")
+    add("--log-prob", action="store_true", help="explain the log-probability instead of the logit")
     explain.set_defaults(action=_explain)
 
 
@@ -203,12 +219,16 @@ def _config(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     from calig.pipeline.explain_command import run_explain
-    from calig.pipeline.explain_request import Request, parse_options
+    from calig.pipeline.explain_request import Request, parse_next_token, parse_options
 
     names = ("source", "file", "text_column", "pair_column", "method", "target", "batch_size", "out", "html")
     chosen = parse_options(options.option, options.steps)
     given = {name: getattr(options, name) for name in names}
-    return run_explain(Request(**given, texts=options.text, text_pairs=options.text_pair, options=chosen))
+    asked = parse_next_token(
+        options.next_token, options.target, options.versus, options.top, options.position, options.log_prob
+    )
+    texts, pairs = options.text, options.text_pair
+    return run_explain(Request(**given, texts=texts, text_pairs=pairs, options=chosen, next_token=asked))
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -19,6 +20,10 @@ from calig.pipeline.explain_request import Request, free_file, free_folder, requ
 from calig.pipeline.explanation import Explanation
 from calig.pipeline.opening import source_kind
 from calig.pipeline.records import EXPLANATION_SCHEMA, append_lines, atomic_write, write_table
+
+if TYPE_CHECKING:
+    from calig.pipeline.explainer import Explained
+    from calig.pipeline.next_token import NextTokenQuestion
 
 BATCHES_PER_SHARD = 20
 
@@ -39,36 +44,99 @@ def run_explain(request: Request) -> int:
     out = None if request.out is None else free_folder(Path(request.out))
     page = None if request.html is None else free_file(Path(request.html))
 
-    from calig.pipeline.explaining import check_texts, explain_batches, settings_of
-    from calig.pipeline.opening import open_source
+    from calig.pipeline.explaining import check_texts
 
     check_texts(texts, pairs)
     with _plain_warnings():
-        opened = open_source(request.source)
-        settings = settings_of(opened, request.method, request.target, options)
-        metadata = {
-            "label_names": opened.label_names,
-            "methods": {name: dict(values) for name, values in settings.methods.items()},
-            "source": request.source,
-            "file": request.file,
-        }
-        writer = _Writer(out, metadata)
+        asked = request.next_token
+        job = _next_tokens(request, asked, texts, options) if asked else _decisions(request, texts, pairs, options)
+        writer = _Writer(out, job.metadata, job.counted)
         keep = request.file is None or page is not None
         kept: list[dict[str, Any]] = []
-        for explained in _progress(
-            explain_batches(opened, texts, pairs, settings, request.batch_size), len(texts), request.batch_size
-        ):
+        for explained in _progress(job.batches, len(texts), request.batch_size):
             writer.add(explained.explanations, explained.failures)
             if keep:
                 kept += explained.explanations
         writer.flush()
-    explanations = [Explanation.from_row(row, opened.label_names) for row in sorted(kept, key=_by_id)]
+    explanations = [job.explanation(row) for row in sorted(kept, key=_by_id)]
     if request.file is None:
         _show(explanations)
     if page is not None:
         atomic_write(page, html_page(explanations, request))
-    _report(writer, request, opened.label_names)
+    _report(writer, request, job)
     return 3 if writer.failed else 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is explained: the batches to come, and how their rows are told to a reader.
+
+    Attributes:
+        batches: The rows of one batch after the other.
+        explanation: A row to what is shown of it.
+        name: The name of a class, or of a token, by its index.
+        metadata: Of the files; may grow as batches come.
+        unit: What a row explains.
+        counted: Its column that the last line counts.
+    """
+
+    batches: Iterator[Explained]
+    explanation: Callable[[Mapping[str, Any]], Explanation]
+    name: Callable[[int], str]
+    metadata: dict[str, Any]
+    unit: str = "text"
+    counted: str = "prediction"
+
+
+def _decisions(request: Request, texts: Sequence[Any], pairs: Sequence[Any] | None, options: Mapping[str, Any]) -> _Job:
+    from calig.pipeline.explaining import explain_batches, settings_of
+    from calig.pipeline.opening import open_source
+
+    opened = open_source(request.source)
+    settings = settings_of(opened, request.method, request.target, options)
+    names = dict(enumerate(opened.label_names))
+    return _Job(
+        explain_batches(opened, texts, pairs, settings, request.batch_size),
+        lambda row: Explanation.from_row(row, opened.label_names),
+        lambda index: names.get(index, f"class {index}"),
+        {
+            "label_names": opened.label_names,
+            "methods": {name: dict(values) for name, values in settings.methods.items()},
+            "source": request.source,
+            "file": request.file,
+        },
+    )
+
+
+def _next_tokens(request: Request, asked: NextTokenQuestion, texts: Sequence[Any], options: Mapping[str, Any]) -> _Job:
+    from calig.pipeline.next_token import next_token_batches, next_token_explanation
+    from calig.pipeline.opening import open_language_model
+    from calig.pipeline.vocabulary import quoted
+
+    tokenizer = (opened := open_language_model(request.source)).tokenizer
+    names: dict[int, str] = {}  # of the tokens that occur: a vocabulary is too long for every file
+
+    def batches() -> Iterator[Explained]:
+        for explained in next_token_batches(opened, texts, asked, request.method, options, request.batch_size):
+            for row in explained.explanations:
+                known = (row["prediction"], row["target"], row.get("versus"))
+                names.update({token: quoted(tokenizer, token) for token in known if token is not None})
+            yield explained
+
+    return _Job(
+        batches(),
+        lambda row: next_token_explanation(row, tokenizer),
+        lambda token: quoted(tokenizer, token),
+        {
+            "next_token": asdict(asked),
+            "token_names": names,
+            "methods": {request.method: dict(options)},
+            "source": request.source,
+            "file": request.file,
+        },
+        unit="next token",
+        counted="target",
+    )
 
 
 def html_page(explanations: Sequence[Explanation], request: Request) -> str:
@@ -87,10 +155,11 @@ def html_page(explanations: Sequence[Explanation], request: Request) -> str:
 class _Writer:
     """Collects rows into shards, whole or not at all, and counts what the last line says."""
 
-    def __init__(self, out: Path | None, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path | None, metadata: Mapping[str, Any], counted: str) -> None:
         self.out = out
+        self.counted = counted
         self.metadata = metadata
-        self.predictions: Counter[int] = Counter()
+        self.counts: Counter[int] = Counter()
         self.gaps: list[float] = []
         self.failed: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
@@ -98,7 +167,7 @@ class _Writer:
 
     def add(self, rows: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]]) -> None:
         """Take a batch; write when a shard is full."""
-        self.predictions.update(row["prediction"] for row in rows)
+        self.counts.update(row[self.counted] for row in rows)
         self.gaps += [row["completeness_gap"] for row in rows if row["completeness_gap"] is not None]
         self.failed += failures
         if self.out is None:
@@ -129,16 +198,15 @@ def _show(explanations: Sequence[Explanation]) -> None:
         console.print(explanation, soft_wrap=not console.is_terminal)
 
 
-def _report(writer: _Writer, request: Request, label_names: Sequence[str]) -> None:
+def _report(writer: _Writer, request: Request, job: _Job) -> None:
     for row in writer.failed[:5]:
         print(f"calig: text {row['sample_id']} was not explained: {row['reason']}", file=sys.stderr)
     if len(writer.failed) > 5:
         print(f"calig: ... and {len(writer.failed) - 5} more", file=sys.stderr)
     if request.out is not None:
-        names = dict(enumerate(label_names))
-        count = writer.predictions.total()
-        parts = [f"{count:,} {'text' if count == 1 else 'texts'} explained by {request.method}"]
-        parts += [f"{names.get(i, f'class {i}')} {n:,}" for i, n in writer.predictions.most_common(5)]
+        count = writer.counts.total()
+        parts = [f"{count:,} {job.unit}{'' if count == 1 else 's'} explained by {request.method}"]
+        parts += [f"{job.name(i)} {n:,}" for i, n in writer.counts.most_common(5)]
         if writer.gaps:
             parts.append(f"completeness gap {sum(writer.gaps) / len(writer.gaps):.1%}, worst {max(writer.gaps):.1%}")
         where = f" → {Path(request.out) / 'explanations'}" if count else ""

@@ -6,9 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calig.pipeline.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from calig.pipeline.next_token import NextTokenQuestion
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Request:
         batch_size: Texts at a time.
         out: Directory for the rows.
         html: File for the page.
+        next_token: Explain what a causal language model would write next; None for the decision of a classifier.
     """
 
     source: str
@@ -42,6 +46,7 @@ class Request:
     batch_size: int = 16
     out: str | None = None
     html: str | None = None
+    next_token: NextTokenQuestion | None = None
 
 
 def parse_options(pairs: Sequence[str], steps: str | None = None) -> dict[str, Any]:
@@ -61,6 +66,31 @@ def parse_options(pairs: Sequence[str], steps: str | None = None) -> dict[str, A
     return options
 
 
+def parse_next_token(
+    asked: bool, target: str, versus: str | None, top: int | None, position: int | None, log_prob: bool
+) -> NextTokenQuestion | None:
+    """The question of `--next-token`; None without it.
+
+    Raises:
+        InputError: A flag that belongs to it stands alone, or flags that exclude each other.
+    """
+    alone = {"--versus": versus, "--top": top, "--position": position, "--log-prob": log_prob or None}
+    given = [flag for flag, value in alone.items() if value is not None]
+    if not asked:
+        if given:
+            raise InputError(f"{', '.join(given)} belongs to --next-token, which explains a causal language model.")
+        return None
+    from calig.pipeline.next_token import NextTokenQuestion
+
+    return NextTokenQuestion(
+        None if target == "predicted" else target,
+        versus,
+        1 if top is None else top,
+        -1 if position is None else position,
+        log_prob,
+    )
+
+
 def request_texts(request: Request) -> tuple[list[Any], list[Any] | None]:
     """Return the texts, and the second texts if there are any.
 
@@ -70,6 +100,8 @@ def request_texts(request: Request) -> tuple[list[Any], list[Any] | None]:
     if (request.texts is None) == (request.file is None):
         given = "both are" if request.texts else "neither is"
         raise InputError(f"give either --text (one or more) or --file; {given} given.")
+    if request.next_token is not None and (request.text_pairs is not None or request.pair_column is not None):
+        raise InputError("--next-token takes one text at a time; put a second one behind it, as the model reads it.")
     if request.file is None:
         if request.text_column or request.pair_column:
             raise InputError("--text-column and --pair-column belong to --file.")

@@ -71,7 +71,7 @@ def explain(
     opened = open_source(source, tokenizer)
     settings = settings_of(opened, method, target, options)
     if curves:
-        settings = dataclasses.replace(settings, operators=(_operator(opened),), metrics=tuple(CURVE_METRICS))
+        settings = dataclasses.replace(settings, operators=(curve_operator(opened),), metrics=tuple(CURVE_METRICS))
     rows = []
     for explained in explain_batches(opened, texts, text_pairs, settings, batch_size):
         if explained.failures:
@@ -84,7 +84,8 @@ def explain(
     return [Explanation.from_row(row, opened.label_names) for row in rows]
 
 
-def _operator(opened: Opened) -> str:
+def curve_operator(opened: Opened) -> str:
+    """How perturbation curves remove words: by the tokenizer's mask token, else by hiding them from attention."""
     from calig.pipeline.explainer import perturbation_tokens
 
     known = perturbation_tokens(opened.model, opened.tokenizer)

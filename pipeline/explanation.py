@@ -132,12 +132,16 @@ class Explanation:
             parts.append(f"predicted {self.prediction_name}")
         if self.label is not None and self.label >= 0:
             parts.append(f"label {self._name(self.label)}")
-        parts.append(self.method)
+        return " · ".join([*parts, *self._trust()])
+
+    def _trust(self) -> list[str]:
+        """The method, and how far its explanation can be trusted."""
+        parts = [self.method]
         if self.completeness_gap is not None:
             parts.append(f"completeness gap {self.completeness_gap:.1%}")
         if not self.converged:
             parts.append("not converged")
-        return " · ".join(parts)
+        return parts
 
     def plot_layers(self, *, per_layer: bool = False) -> Figure:
         """Heatmap of blocks x tokens, block 1 at the bottom.

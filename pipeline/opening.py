@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,6 @@ def open_source(source: Any, tokenizer: Any = None) -> Opened:
     Raises:
         InputError: The source is none of these, lacks something, or holds other weights than it says.
     """
-    import torch
     from torch import nn
 
     if isinstance(source, nn.Module):
@@ -99,12 +99,75 @@ def open_source(source: Any, tokenizer: Any = None) -> Opened:
         opened = _opened(*_load_folder(path / "model", tokenizer), run=path)
     else:
         opened = _open_checkpoint(path, tokenizer)
+    return _ready(opened)
+
+
+def _ready(opened: Opened) -> Opened:
+    """A loaded model in evaluation mode, with a pad token in its config, on the GPU if there is one."""
+    import torch
+
     opened.model.eval()
     config: Any = opened.model.config
     if config.pad_token_id is None:  # decoders refuse batches without one
         config.pad_token_id = opened.tokenizer.pad_token_id
     opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return opened
+
+
+def open_language_model(source: Any, tokenizer: Any = None) -> Opened:
+    """Load a causal language model with its tokenizer; its label names are left empty.
+
+    Args:
+        source: A Hugging Face folder or a live model.
+        tokenizer: As in `open_source`.
+
+    Raises:
+        InputError: The source is neither, or holds another kind of model.
+    """
+    from torch import nn
+
+    if isinstance(source, nn.Module):
+        return replace(open_source(source, tokenizer), label_names=[])
+    if not isinstance(source, (str, Path)):
+        raise InputError(f"a source is a path or a live model, got {type(source).__name__}.")
+    path = Path(source)
+    if (kind := source_kind(path)) != "folder":
+        what = "run directory" if kind == "run" else "checkpoint"
+        raise InputError(
+            f"'{path}' is the {what} of a classifier, which writes no next token. Next tokens are explained of causal "
+            "language models, from a Hugging Face folder; the classifier's decision is explained without --next-token."
+        )
+    check_language_model(path)
+    return replace(_ready(_opened(*_load_folder(path, tokenizer, causal=True))), label_names=[])
+
+
+def check_language_model(path: Path) -> None:
+    """Refuse a Hugging Face folder whose config says that it holds something else than a causal language model.
+
+    Raises:
+        InputError: Names what it holds.
+    """
+    named = _architectures(path)
+    if named and not any(map(_is_causal, named)):
+        hint = " Its decision is explained without --next-token." if "SequenceClassification" in named[0] else ""
+        raise InputError(
+            f"'{path}' holds a {', '.join(named)}, no causal language model (such as GPT2LMHeadModel, "
+            f"LlamaForCausalLM), so it writes no next token.{hint}"
+        )
+
+
+def _architectures(path: Path) -> list[str]:
+    """The class names in the config.json of a folder; none where it says none or cannot be read."""
+    try:
+        return list(json.loads((path / "config.json").read_text(encoding="utf8")).get("architectures") or [])
+    except (OSError, ValueError, AttributeError):  # whoever loads the model says what is wrong with the file
+        return []
+
+
+def _is_causal(architecture: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    return architecture in KNOWN.values()
 
 
 def _open_checkpoint(path: Path, tokenizer: Any) -> Opened:
@@ -139,9 +202,9 @@ def _open_checkpoint(path: Path, tokenizer: Any) -> Opened:
     return _opened(model, tokenizer, run=run)
 
 
-def _load_folder(path: Path, tokenizer: Any) -> tuple[Any, Any]:
+def _load_folder(path: Path, tokenizer: Any, *, causal: bool = False) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
     if tokenizer is None and not any(file for name in _VOCABULARIES for file in path.glob(name)):
@@ -149,25 +212,28 @@ def _load_folder(path: Path, tokenizer: Any) -> tuple[Any, Any]:
             f"{path} holds no tokenizer: expected tokenizer.json or another vocabulary file. Save it there with "
             "tokenizer.save_pretrained(...), or pass tokenizer= in Python."
         )
+    what = "causal language model" if causal else "text classifier"
+    head: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        model, report = head.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"'{path}' could not be loaded as a text classifier: {reason}") from error
+        raise InputError(f"'{path}' could not be loaded as a {what}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
     if missing := sorted(report["missing_keys"]):
+        lacks = f"it has no weights for {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        if causal:
+            raise InputError(f"'{path}' is not a whole language model: {lacks}, so its words would be random.")
+        next_token = " What it would write next is explained by --next-token."
         raise InputError(
-            f"'{path}' is not a whole classifier: it has no weights for {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}, so its decisions would be random. Fine-tune it first: "
-            f"calig run model.name={path} ..."
+            f"'{path}' is not a whole classifier: {lacks}, so its decisions would be random. Fine-tune it first: "
+            f"calig run model.name={path} ...{next_token if any(map(_is_causal, _architectures(path))) else ''}"
         )
     return model, tokenizer
 

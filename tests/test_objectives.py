@@ -166,6 +166,31 @@ def test_next_token_equals_a_classifier_with_that_row_of_the_head(method):
     assert torch.allclose(pair.scores, contrast.scores, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["ca_lig", "integrated_gradients", "attcat"])
+def test_objectives_that_are_explained_together_are_explained_as_alone(method):
+    model, batch = make_gpt2(), make_batch(LENGTHS)
+    goals = [NextToken(7), NextToken([8, 9, 10], log_prob=True), NextToken(7, against=11)]
+    together = attribute(model, batch, method, objective=goals)
+    assert isinstance(together, list) and len(together) == 3
+    for found, goal in zip(together, goals, strict=True):
+        alone = attribute(model, batch, method, objective=goal)
+        assert torch.equal(found.target, alone.target)
+        assert torch.allclose(found.scores, alone.scores, atol=1e-5)
+    assert not torch.allclose(together[0].scores, together[2].scores, atol=1e-2)
+
+
+def test_objectives_that_are_explained_together_share_their_passes(monkeypatch):
+    model, batch, calls = make_gpt2(), make_batch(LENGTHS), []
+    original = ExplainableModel.trace
+    monkeypatch.setattr(ExplainableModel, "trace", lambda *args, **kw: calls.append(1) or original(*args, **kw))
+    attribute(model, batch, objective=NextToken(7))
+    alone = len(calls)
+    attribute(model, batch, objective=[NextToken(token) for token in (7, 8, 9, 10)])
+    assert len(calls) == 2 * alone
+    with pytest.raises(InputError, match="objective is an empty list"):
+        attribute(model, batch, objective=[])
+
+
 # --- what does not fit
 
 

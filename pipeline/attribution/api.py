@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from calig.pipeline.attribution.slicing import cut, join, take
 from calig.pipeline.attribution.structure import Blocks
 from calig.pipeline.errors import InputError
 
+Goal = Objective | Unbound | Callable[[Any], Tensor]
+"""What may be given as an objective."""
+
 
 def attribute(
     model: nn.Module | ExplainableModel,
@@ -32,7 +35,7 @@ def attribute(
     method: str = "ca_lig",
     *,
     target: str | int | list[int] | Tensor | None = None,
-    objective: Objective | Unbound | Callable[[Any], Tensor] | None = None,
+    objective: Goal | Sequence[Goal] | None = None,
     tokenizer: Any = None,
     special_tokens_mask: Tensor | None = None,
     blocks: Blocks | None = None,
@@ -52,7 +55,7 @@ def attribute(
             example (B,), or K per example (B, K).
         objective: What to explain instead of a class logit: `Contrast(1, 0)`, `NextToken(token_id)` of a causal
             language model, `Regression()`, any `Objective`, or a callable from the model's output to one scalar per
-            row; excludes `target`.
+            row; a list of them is explained together. Excludes `target`.
         tokenizer: Names special tokens and the tokens of the `mask` and `unk` baselines; for images the image
             processor.
         special_tokens_mask: (B, T) 1 on special tokens; without it the tokenizer, then the model's config decide.
@@ -61,7 +64,7 @@ def attribute(
         **options: Options of the method, for example `steps=16`, `baseline="pad"`, `path="shared"`, `lam=0.7`.
 
     Returns:
-        The attribution; for `target` of shape (B, K) a list of K, computed from the same forward passes.
+        The attribution; for `target` of shape (B, K), or K objectives, a list of K from the same forward passes.
 
     Raises:
         InputError: An unknown method or option, or a target or mask that does not fit.
@@ -76,6 +79,9 @@ def attribute(
     """
     if objective is not None and target is not None:
         raise InputError("give either a target or an objective, not both.")
+    several = isinstance(objective, list | tuple)
+    if several and not objective:
+        raise InputError("objective is an empty list; give one objective or several.")
     explainer = create_method(method, options)
     if isinstance(model, ExplainableModel):
         if blocks is not None or embedding is not None:
@@ -87,13 +93,15 @@ def attribute(
     with wrapped.session():
         inputs = wrapped.prepare(batch, special_tokens_mask)
         if objective is not None:
-            goals: list[Objective] = [as_objective(objective, inputs)]
+            asked = cast(Sequence[Goal], objective if several else [objective])
+            goals: list[Objective] = [as_objective(goal, inputs) for goal in asked]
         else:
             labels = batch.get("labels")
             # Of a target that is given, only the number of classes is unknown: one example tells.
             predicts = target is None or isinstance(target, str)
             logits = wrapped.logits(inputs, None if predicts else torch.tensor([0]))
             indices = resolve_target(target, logits.expand(len(inputs), -1), labels)
+            several = indices.ndim == 2
             goals = [ClassLogit(indices)] if indices.ndim == 1 else [ClassLogit(column) for column in indices.T]
         told = special_tokens_mask is not None or "special_tokens_mask" in batch or inputs.pixels is not None
         if not told and not inputs.special.any() and not wrapped.names_special_tokens:
@@ -104,7 +112,7 @@ def attribute(
             )
             inputs = with_readout_special(wrapped, inputs, goals[0])
         results = _in_slices(explainer, wrapped, inputs, goals)
-    return results if objective is None and indices.ndim == 2 else results[0]
+    return results if several else results[0]
 
 
 def _in_slices(
