@@ -248,11 +248,13 @@ def _check_calibration(config: Config, origins: Origins) -> None:
     key = f"explain.options.{method}.{option}"
     said = f"{key}={word}{where(key, origins)}"
     given = config.explain.options[method]
-    if "lam" in names and given.get("fusion") in ("gated", "late"):
+    if "lam" in names and given.get("fusion") in ("gated", "late", "carried"):
         if given["fusion"] == "gated":
             raise InputError(f"{said}: fusion=gated has no lam to choose. Drop it, or take fusion=column.")
         if names["lam"] == "per_layer":
-            raise InputError(f"{said}: fusion=late fuses once, behind all blocks. Take lam=auto, or fusion=column.")
+            raise InputError(
+                f"{said}: fusion={given['fusion']} fuses once, behind all blocks. Take lam=auto, or fusion=column."
+            )
     if "lam" in names and given.get("fusion") == "diagonal" and set(chosen.grid) == {1.0}:
         raise wrong("calibrate.grid", chosen.grid, "a value below 1, which fusion=diagonal needs", origins)
     if "calibrate" in config.stages:

@@ -277,7 +277,7 @@ CONFIG_ERRORS = {
         "lam=auto",
     ),
     "word": (["explain.options.ca_lig.lam=atuo"], "float | list[float] | auto | per_layer", "Did you mean 'auto'?"),
-    "fusion word": (["explain.options.ca_lig.fusion=per_layer"], "column | diagonal | gated | late | auto"),
+    "fusion word": (["explain.options.ca_lig.fusion=per_layer"], "column | diagonal | gated | late | carried | auto"),
     "grid": (["calibrate.grid=[0.5,1.5]"], "calibrate.grid: expected at least one value, each in [0, 1]"),
     "empty grid": (["calibrate.grid=[]"], "calibrate.grid: expected at least one value"),
     "diagonal grid": (

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from calig.pipeline.attribution.carried import carry
 from calig.pipeline.errors import InputError
 
-Fusion = Literal["diagonal", "column", "gated", "late"]
+Fusion = Literal["diagonal", "column", "gated", "late", "carried"]
 Lam = float | Sequence[float]
 """The coefficient lambda: one for all blocks, or one for each."""
 
@@ -113,7 +114,7 @@ class Ingredients:
 
     Attributes:
         evidence: (B, L+1, T) r^0 to r^L.
-        gradients: G^1 to G^L, each (B, T, T).
+        gradients: G^1 to G^L, each (B, T, T); for `carried` the mean attention A^1 to A^L.
         readout: (B, T) read-out weights w.
         mask: (B, T) true on real positions.
     """
@@ -128,14 +129,16 @@ class Ingredients:
 
         Returns:
             The layer-wise relevance map (B, L, T), whose last block holds the scores; and the factors F^1 to F^L, which
-            `late` does not have.
+            `late` and `carried` do not have.
 
         Raises:
             InputError: There are more or fewer lambdas than blocks.
         """
-        if fusion == "late":
+        if fusion in ("late", "carried"):
             if not isinstance(lam, int | float):
-                raise InputError(f"fusion='late' fuses once, behind all blocks, and takes one lam; got {lam}.")
+                raise InputError(f"fusion='{fusion}' fuses once, behind all blocks, and takes one lam; got {lam}.")
+            if fusion == "carried":
+                return carry(self.evidence, self.gradients, self.readout, lam=lam), None
             return fuse_late(self.evidence, self.gradients, self.readout, lam=lam), None
         factors = fuse(self.evidence, self.gradients, self.mask, fusion=fusion, lam=lam)
         return rollout(factors, self.readout), factors

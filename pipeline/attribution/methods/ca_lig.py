@@ -25,8 +25,8 @@ class CALIGOptions(PathOptions):
 
     path: Literal["shared", "straight"] = "shared"
     """One line between the embedding outputs for all layers, or a line of its own at each layer (METHODS 1)."""
-    fusion: Literal["column", "diagonal", "gated", "late"] = "column"
-    """How token evidence meets the attention gradient (METHODS 2.3)."""
+    fusion: Literal["column", "diagonal", "gated", "late", "carried"] = "column"
+    """How token evidence meets the attention gradient (METHODS 2.3); `carried`, for causal models, takes attention."""
     lam: float | list[float] | tuple[float, ...] = 0.7
     """Share of the evidence against the attention gradient, for all blocks or one for each; `gated` has none. The
     default is what docs/fusion.md supports: more evidence is more faithful, less agrees with human rationales."""
@@ -43,8 +43,8 @@ class CALIGOptions(PathOptions):
         shares = tuple(self.lam) if isinstance(self.lam, list | tuple) else (self.lam,)
         if not shares or not all(0 <= share <= 1 for share in shares):
             raise InputError(f"lam takes a number in [0, 1], or one for each block, got {self.lam}.")
-        if many and self.fusion in ("late", "gated"):
-            reason = "fuses once, behind all blocks" if self.fusion == "late" else "has no lam"
+        if many and self.fusion in ("late", "gated", "carried"):
+            reason = "has no lam" if self.fusion == "gated" else "fuses once, behind all blocks"
             raise InputError(
                 f"fusion='{self.fusion}' {reason}: a lam for each block ({self.lam}) goes with 'column' and 'diagonal'."
             )
@@ -52,8 +52,12 @@ class CALIGOptions(PathOptions):
             raise InputError("lam=1 with fusion='diagonal' lets nothing reach the read-out row; take lam < 1.")
         if self.attention_gradient_at == "path" and self.path != "shared":
             raise InputError("attention_gradient_at='path' follows the shared path; take path='shared', or 'point'.")
-        if self.fusion == "late" and self.return_flow:
-            raise InputError("fusion='late' fuses after the rollout and has no flow of its own; drop return_flow.")
+        if self.fusion in ("late", "carried") and self.return_flow:
+            raise InputError(f"fusion='{self.fusion}' fuses once and has no flow of its own; drop return_flow.")
+        if self.fusion == "carried" and (self.attention_gradient, self.attention_gradient_at) != ("positive", "point"):
+            raise InputError(
+                "fusion='carried' takes attention without gradients; drop the options attention_gradient*."
+            )
 
 
 class CALIG(AttributionMethod):
@@ -95,7 +99,7 @@ class CALIG(AttributionMethod):
     def ingredients(
         self, model: ExplainableModel, inputs: Inputs, objective: Objective
     ) -> tuple[Ingredients, Integral, Tensor]:
-        """What is fused, which depends on neither `fusion` nor `lam`: the costly part of an attribution.
+        """What is fused, the costly part of an attribution: the same for every `lam` and `fusion`, `carried` apart.
 
         Args and what is raised: see `AttributionMethod.attribute`.
 
@@ -107,7 +111,9 @@ class CALIG(AttributionMethod):
         options = self.options
         shared, at_input = options.path == "shared", options.attention_gradient_at == "point"
         positive = options.attention_gradient == "positive"
-        combine = rollout.positive_attention_gradient if positive else rollout.signed_attention_gradient
+        combine: inside.Combine = rollout.positive_attention_gradient if positive else rollout.signed_attention_gradient
+        if options.fusion == "carried":
+            combine = rollout.mean_attention
         if at_input:  # first, because this pass of the input is also the last node of the shared path
             gradients, readout = inside.attention_matrices(model, inputs, objective, combine)
         kept = [0] if shared else None
