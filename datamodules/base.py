@@ -51,8 +51,6 @@ class ClassificationData(LightningDataModule, Generic[Split]):
     """
 
     kind: Kind
-    processor: Any = None
-    """What makes model inputs of images; None for texts."""
 
     def __init__(
         self,
@@ -73,10 +71,24 @@ class ClassificationData(LightningDataModule, Generic[Split]):
         self._notes: list[str] = []
         self._place: Mapping[str, int] = {"epoch": 0, "batches": 0}
 
+    @abstractmethod
+    def setup(self, stage: str | None = None) -> None:
+        """Read all splits; further calls find it done."""
+
     @property
     @abstractmethod
     def collator(self) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
         """What makes a batch of examples."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """What makes model inputs of texts; None for images."""
+        return None
+
+    @property
+    def processor(self) -> Any:
+        """What makes model inputs of images; None for texts."""
+        return None
 
     @property
     def label_names(self) -> list[str]:
@@ -155,6 +167,10 @@ class ClassificationData(LightningDataModule, Generic[Split]):
             )
         self._place = state_dict
 
+    def restart(self) -> None:
+        """Forget the place in the training: what trains next begins with the first epoch."""
+        self._place = {"epoch": 0, "batches": 0}
+
     def explain_dataloader(
         self,
         split: str,
@@ -188,6 +204,10 @@ class ClassificationData(LightningDataModule, Generic[Split]):
         return self._loader(
             subset, batch_size or self._eval_batch_size, ExactShare(subset, rank=rank, processes=world_size)
         )
+
+    def rows_dataloader(self, rows: Sequence[Encoded], batch_size: int) -> DataLoader[Encoded]:
+        """Examples of any origin, as a data set gives them, in their order."""
+        return self._loader(list(rows), batch_size)
 
     def column(self, split: str, column: str, named_by: str) -> list[Any]:
         """The values of any column of the source, one per row of a split that the source has, in its order.

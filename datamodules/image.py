@@ -148,7 +148,6 @@ class ImageDataModule(ClassificationData[ImageDataset]):
     """
 
     kind = IMAGES
-    tokenizer = None
 
     def __init__(
         self,
@@ -166,7 +165,7 @@ class ImageDataModule(ClassificationData[ImageDataset]):
         self._corrupt: list[CorruptImage] = []
 
     @property
-    def processor(self) -> ImageProcessor:  # made in setup
+    def processor(self) -> ImageProcessor:
         """The processor that was given, or made in ``setup``."""
         self._check_set_up()
         assert self._processor is not None

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from calig.datamodules.base import ClassificationData, Encoded
@@ -135,10 +135,6 @@ class TextDataModule(ClassificationData[EncodedDataset]):
         self._label_names, self._notes = corpus.label_names, corpus.notes
         # Set last: an error above leaves the module as it was.
         self._datasets = {split: self._encoded(split, examples) for split, examples in corpus.splits.items()}
-
-    def rows_dataloader(self, rows: Sequence[Encoded], batch_size: int) -> DataLoader[Encoded]:
-        """Encoded examples of any origin, in their order."""
-        return self._loader(EncodedDataset(rows), batch_size)
 
     def truncation(self) -> dict[str, Truncation]:
         """How many texts of every split ``data.max_length`` cuts, and how much of them."""

@@ -26,6 +26,7 @@ from calig.pipeline.validate import (
     where,
     wrong,
 )
+from calig.pipeline.validate_modality import check_modality
 
 DEFAULT_EXPERIMENT = "quickstart"
 CONFIG_FILE = "config.yaml"
@@ -258,6 +259,7 @@ def _assemble(layers: Sequence[_Layer], name: str, check: bool) -> Config:
         run.dir = run.dir or run.resume
     run.dir = run.dir or str(Path("runs", run.name))
     check_values(config, origins)
+    check_modality(config, origins)
     check_methods(config, origins)
     if check:
         check_trainer(config, origins)

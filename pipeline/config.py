@@ -16,10 +16,10 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from calig.pipeline.metrics.names import DEFAULT_METRICS, PerturbationTarget
 
-KNOWN_STAGES = ("fit", "test", "calibrate", "explain", "benchmark", "concepts", "report")
+KNOWN_STAGES = ("pretrain", "fit", "test", "calibrate", "explain", "benchmark", "concepts", "report")
 """The stages that ``stages`` may name; ``calibrate`` is passed over where no option asks for it."""
 
-ASKED_STAGES = ("concepts",)
+ASKED_STAGES = ("pretrain", "concepts")
 """Stages that run only where ``stages`` names them."""
 
 CALIBRATED: dict[str, dict[str, tuple[str, ...]]] = {"ca_lig": {"lam": ("auto", "per_layer"), "fusion": ("auto",)}}
@@ -27,6 +27,9 @@ CALIBRATED: dict[str, dict[str, tuple[str, ...]]] = {"ca_lig": {"lam": ("auto", 
 
 CALIBRATION_FILE = "calibration.json"
 """The file of a run directory that keeps what the stage ``calibrate`` has chosen."""
+
+BUILT_IN = {"text": "controlled", "image": "scenes"}
+"""Modality -> the ``data.name`` of the data that are generated."""
 
 GROUPS = ("model", "data", "explain", "trainer", "logger")
 """The sections that ``group=option`` fills from a file of ``configs/<group>/``."""
@@ -56,7 +59,7 @@ class RunConfig:
 class ScratchConfig:
     """The model that is trained from scratch where ``model.name`` is null."""
 
-    type: str = _key("bert", "Hugging Face model type")
+    type: str = _key("bert", "Hugging Face model type; of images vit, deit, beit, dinov2 or vit_mae")
     layers: int = _key(4, "number of blocks", low=1)
     width: int = _key(96, "hidden width, a multiple of heads", low=1)
     heads: int = _key(4, "attention heads per block", low=1)
@@ -66,6 +69,8 @@ class ScratchConfig:
     )
     vocab_size: int = _key(2000, "size of the vocabulary trained on the training split", low=16)
     max_positions: int = _key(512, "longest input in tokens", low=2)
+    image_size: int = _key(32, "side that images are resized to, a multiple of patch_size", low=2)
+    patch_size: int = _key(4, "side of the patches that an image is cut into, in pixels", low=1)
     dropout: float = _key(0.1, "dropout of hidden states and attention", low=0, below=1)
     initializer_range: float = _key(0.02, "standard deviation of the initial weights", above=0)
 
@@ -115,26 +120,32 @@ class ColumnsConfig:
     rationale: str | None = _key(
         None, "column of the evidence: 0 or 1 per word, or [start, end) pairs of words (word lists) or characters"
     )
+    image: str | None = _key(None, "column of the images, as paths or bytes (null: found by name)")
+    mask: str | None = _key(None, "column of masks of the deciding object, as paths, bytes or rows of 0 and 1")
+    boxes: str | None = _key(None, "column of boxes around the deciding object: [left, top, right, bottom] in pixels")
 
 
 @dataclass
 class SizeConfig:
-    """Sentences per split of the controlled corpus."""
+    """Sentences (scenes) per split of the generated data."""
 
-    train: int = _key(20000, "training sentences", low=1)
-    val: int = _key(800, "validation sentences", low=1)
-    test: int = _key(1500, "test sentences", low=1)
+    train: int = _key(20000, "training sentences or scenes", low=1)
+    val: int = _key(800, "validation sentences or scenes", low=1)
+    test: int = _key(1500, "test sentences or scenes", low=1)
 
 
 @dataclass
 class DataConfig:
     """The data set, its columns and its batches."""
 
-    name: str | None = _key(None, "controlled (the corpus with planted evidence) or a data set of the hub")
+    modality: Literal["text", "image"] = _key("text", "what is classified")
+    name: str | None = _key(
+        None, "controlled (sentences with planted evidence), scenes (images of that kind) or a data set of the hub"
+    )
     path: str | None = _key(
         None,
         "file, folder with train/val/test files (csv, tsv, json, jsonl, parquet, arrow, conllu, tar.gz, zip), "
-        "folder of save_to_disk, or folder of class folders",
+        "folder of save_to_disk, or folder of class folders (texts or images)",
     )
     config: str | None = _key(None, "configuration of a hub data set that has several")
     revision: str | None = _key(None, "branch, tag or commit of the hub data set")
@@ -154,6 +165,26 @@ class DataConfig:
     )
     test_fraction: float = _key(0.1, "share cut from the training data where there is no test split", above=0, below=1)
     size: SizeConfig = field(default_factory=SizeConfig)
+    annotations: str | None = _key(None, "COCO file with the deciding objects of images, by file name")
+    on_corrupt: Literal["raise", "skip"] = _key("raise", "images that cannot be read: end the run, or leave them out")
+    augment: Literal["none", "flip", "crop_flip"] = _key(
+        "none", "change training images in every epoch: mirrored at random, and shifted by up to an eighth"
+    )
+
+
+@dataclass
+class PretrainConfig:
+    """The stage pretrain: a masked autoencoder on the training images, whose encoder fit starts from."""
+
+    epochs: int = _key(100, "epochs over the training images", low=1)
+    mask_ratio: float = _key(0.75, "share of the patches that is hidden", above=0, below=1)
+    norm_pix_loss: bool = _key(True, "reconstruct each patch relative to its own mean and deviation")
+    decoder_layers: int = _key(4, "blocks of the decoder, which is thrown away", low=1)
+    decoder_width: int = _key(192, "hidden width of the decoder, a multiple of decoder_heads", low=1)
+    decoder_heads: int = _key(4, "attention heads per block of the decoder", low=1)
+    lr: float = _key(1.5e-3, "peak learning rate of AdamW", above=0)
+    weight_decay: float = _key(0.05, "weight decay of AdamW (not on biases and norms)", low=0)
+    warmup: float = _key(0.1, "fraction of all steps over which the learning rate rises", low=0, high=1)
 
 
 @dataclass
@@ -278,6 +309,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     explain: ExplainConfig = field(default_factory=ExplainConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     concepts: ConceptsConfig = field(default_factory=ConceptsConfig)

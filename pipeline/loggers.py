@@ -77,10 +77,20 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
     atomic_write(path, text.getvalue())
 
 
-def drop_rows(folder: Path, step: int) -> None:
-    """Drop what was logged from optimiser step `step` (from 0) on: a resumed training comes to it again."""
+def drop_rows(folder: Path, step: int, *, pretraining: bool = False) -> None:
+    """Drop what was logged from optimiser step `step` (from 0) on: a resumed training comes to it again.
+
+    Args:
+        folder: The run directory.
+        step: Of the training, or of the pre-training, whose steps are counted for themselves.
+        pretraining: Which of the two goes on; the rows of the other stay.
+    """
     rows = logged_rows(folder)
-    kept = [row for row in rows if int(row["step"]) < step]
+
+    def of_it(row: dict[str, str]) -> bool:
+        return any(text and key.startswith("pretrain/") for key, text in row.items()) == pretraining
+
+    kept = [row for row in rows if int(row["step"]) < step or not of_it(row)]
     if len(kept) < len(rows):
         _write(folder / METRICS, kept)
         (folder / _EARLIER).unlink(missing_ok=True)

@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from calig.datamodules.image_processor import FILE as PROCESSOR_FILE
+from calig.datamodules.image_processor import ImageProcessor
 from calig.pipeline.adapters import (
     add_adapters,
     base_name,
@@ -28,9 +30,24 @@ from calig.pipeline.attribution.wrapping import is_peft, unwrap
 from calig.pipeline.checkpoint import first_line, load_checkpoint
 from calig.pipeline.config import AdapterConfig, ModelConfig
 from calig.pipeline.errors import InputError
+from calig.pipeline.image_models import (
+    CLASSIFIED_AS,
+    check_image_size,
+    image_classifier,
+    image_classifier_from_scratch,
+)
 
-__all__ = ["class_names", "finish_training", "load_checkpoint", "load_model", "load_tokenizer", "prepare_training"]
+__all__ = [
+    "class_names",
+    "finish_training",
+    "load_checkpoint",
+    "load_model",
+    "load_processor",
+    "load_tokenizer",
+    "prepare_training",
+]
 
+_TEXT_CLASSIFIER: Any = AutoModelForSequenceClassification
 _NO_HEAD = {"keep_head": False, "need_head": False}
 _SPECIAL = ("pad", "bos", "eos", "cls", "sep")
 # What some families call the width inside the feed-forward part, and dropout.
@@ -71,8 +88,28 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _tokenizer(config.name, "model.name", config.revision)
 
 
+def load_processor(config: ModelConfig) -> ImageProcessor | None:
+    """The image processor of the model; None where there is none: from scratch, or of a local folder without one.
+
+    Raises:
+        InputError: It does something that is not supported, or the hub name holds none.
+    """
+    folder = _folder(config.checkpoint)
+    sources = [str(folder)] if folder is not None else []
+    sources += [config.name] if config.name is not None else []
+    for source in sources:
+        if not Path(source).is_dir() or (Path(source) / PROCESSOR_FILE).exists():
+            return ImageProcessor.from_pretrained(source, config.revision if source == config.name else None)
+    return None
+
+
 def load_model(
-    config: ModelConfig, label_names: Sequence[str], tokenizer: Any, *, need_head: bool = False
+    config: ModelConfig,
+    label_names: Sequence[str],
+    tokenizer: Any,
+    *,
+    need_head: bool = False,
+    processor: ImageProcessor | None = None,
 ) -> PreTrainedModel:
     """The classifier, in float32, with as many outputs as there are label names.
 
@@ -84,6 +121,7 @@ def load_model(
         label_names: Class names, kept in the model's config.
         tokenizer: Decides the vocabulary and the pad token of a model from scratch, and the pad token elsewhere.
         need_head: Raise if the classification head would be a fresh one: for runs that do not train.
+        processor: Of a classifier of images, whose size it decides where the model is made from scratch.
 
     Raises:
         InputError: The model or the checkpoint cannot be loaded; the message names it.
@@ -102,15 +140,20 @@ def load_model(
     folder = _folder(config.checkpoint)
     if folder is not None:
         _check_same_architecture(config, folder)
-        model = _pretrained(str(folder), "model.checkpoint", None, labels, keep_head=True, need_head=need_head)
+        fits = {"keep_head": True, "need_head": need_head}
+        model = _pretrained(str(folder), "model.checkpoint", None, labels, images=processor is not None, **fits)
     elif config.name is not None:
         # The head of another task makes room for a fresh one, unless nothing would train it.
-        source = "model.name", config.revision
         trained = need_head and not config.checkpoint
-        model = _pretrained(config.name, *source, labels, keep_head=trained, need_head=trained)
+        fits = {"keep_head": trained, "need_head": trained}
+        model = _pretrained(config.name, "model.name", config.revision, labels, images=processor is not None, **fits)
+    elif processor is not None:
+        model = image_classifier_from_scratch(config.scratch, labels, processor)
     else:
         model = _from_scratch(config, labels, tokenizer)
-    if model.config.pad_token_id is None:
+    if processor is not None:
+        check_image_size(model, processor)
+    elif model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if config.checkpoint and folder is None:
         load_checkpoint(model, config.checkpoint)
@@ -196,23 +239,33 @@ def _tokenizer(source: str, key: str, revision: str | None) -> Any:
 
 
 def _pretrained(
-    source: str, key: str, revision: str | None, labels: dict[str, Any], *, keep_head: bool, need_head: bool
+    source: str,
+    key: str,
+    revision: str | None,
+    labels: dict[str, Any],
+    *,
+    keep_head: bool,
+    need_head: bool,
+    images: bool = False,
 ) -> PreTrainedModel:
     _check_revision(source, key, revision)
     if is_adapter_folder(source):
         # The base brings no head; the adapter does.
-        inner = _pretrained(base_name(source), f"the base model of {key}={source}", None, labels, **_NO_HEAD)
+        inner = _pretrained(
+            base_name(source), f"the base model of {key}={source}", None, labels, images=images, **_NO_HEAD
+        )
         return load_adapter_folder(inner, source, keep_head=keep_head)
     try:
         # Never the code that a folder or a hub page brings along; pickled weights are read as weights only.
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        auto, more = image_classifier(source, revision, labels) if images else (_TEXT_CLASSIFIER, labels)
+        model, report = auto.from_pretrained(
             source,
             revision=revision or "main",
             dtype=torch.float32,
             trust_remote_code=False,
             ignore_mismatched_sizes=not keep_head,
             output_loading_info=True,
-            **labels,
+            **more,
         )
     except Exception as error:  # whatever the readers of many formats raise
         raise _not_loaded(source, key, error) from error
@@ -243,7 +296,7 @@ def _check_same_architecture(config: ModelConfig, folder: Path) -> None:
         )
     except Exception:  # a broken folder gets its own message when it is loaded; a name need not be in the cache
         return
-    if own != other:
+    if CLASSIFIED_AS.get(own, own) != CLASSIFIED_AS.get(other, other):
         raise InputError(
             f"model.checkpoint={folder} is a '{own}', model.name={config.name} a '{other}'. The folder says all about "
             "the model: set model.name=null, or give a checkpoint of the same architecture."

@@ -189,15 +189,19 @@ class ClassificationModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; the schedule moves with every step."""
-        settings = self.optimizer_settings
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = get_scheduler(
-            _SCHEDULERS[settings.schedule], optimizer, round(settings.warmup * steps), num_training_steps=steps
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return make_optimizer(self, self.optimizer_settings)
+
+
+def make_optimizer(module: LightningModule, settings: OptimizerSettings) -> OptimizerLRScheduler:
+    """AdamW for what a module trains, and its schedule, which moves with every step."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
+    steps = int(module.trainer.estimated_stepping_batches)
+    scheduler = get_scheduler(
+        _SCHEDULERS[settings.schedule], optimizer, round(settings.warmup * steps), num_training_steps=steps
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import Logger
 
+    from calig.datamodules.base import ClassificationData
     from calig.datamodules.concept_sets import ConceptSets
-    from calig.datamodules.text import TextDataModule
     from calig.pipeline.explainer import Explainer
     from calig.pipeline.module import ClassificationModule
 
 
 _FIRST = "CALIG_FIRST_PROCESS"
+PRETRAINED = "pretrained"
+"""The folder of a run directory that keeps what the stage pretrain has trained."""
 
 
 @dataclass
@@ -51,8 +53,31 @@ class RunContext:
     signals: StopSignals = field(default_factory=StopSignals)
 
     @cached_property
-    def data(self) -> TextDataModule:
+    def data(self) -> ClassificationData[Any]:
         """The data, read and tokenised."""
+        data = self._image_data() if self.config.data.modality == "image" else self._text_data()
+        data.setup()
+        self.console.say(f"data     {data.describe()}")
+        return data
+
+    def _image_data(self) -> ClassificationData[Any]:
+        from calig.datamodules.image import ImageDataModule
+        from calig.pipeline.image_models import image_size
+        from calig.pipeline.models import class_names, load_processor, saved_config
+
+        config = self.config
+        known = saved_config(self.model_config)
+        return ImageDataModule(
+            config.data,
+            load_processor(self.model_config),
+            config.model.scratch.image_size if known is None else image_size(known),
+            seed=config.seed,
+            label_names=None if self.trains or known is None else class_names(known),
+            require_labels=self.trains or "test" in config.stages,
+            split=self._split_in_use,
+        )
+
+    def _text_data(self) -> ClassificationData[Any]:
         from calig.datamodules.text import TextDataModule
         from calig.datamodules.tokenization import longest_input
         from calig.pipeline.models import class_names, load_tokenizer, saved_config
@@ -63,7 +88,7 @@ class RunContext:
         # A run that trains reads and cuts all splits, also when it is continued; one that only explains or tests takes
         # what there is, and the class names are the model's.
         names = None if self.trains or known is None else class_names(known)
-        data = TextDataModule(
+        return TextDataModule(
             config.data,
             tokenizer,
             vocab_size=config.model.scratch.vocab_size,
@@ -74,9 +99,6 @@ class RunContext:
             split=self._split_in_use,
             max_positions=config.model.scratch.max_positions if known is None else longest_input(known),
         )
-        data.setup()
-        self.console.say(f"data     {data.describe()}")
-        return data
 
     @property
     def _split_in_use(self) -> str:
@@ -91,7 +113,9 @@ class RunContext:
     def concept_sets(self) -> ConceptSets:
         """What the concepts stage runs: the examples of every concept, and the random sets."""
         from calig.datamodules.concept_sets import draw_concept_sets
+        from calig.datamodules.text import TextDataModule
 
+        assert isinstance(self.data, TextDataModule)  # the configuration says so
         config = self.config.concepts
         return draw_concept_sets(
             self.data,
@@ -105,14 +129,17 @@ class RunContext:
     @property
     def trains(self) -> bool:
         """Whether this run trains its model, or has trained it."""
-        return "fit" in self.config.stages or "fit" in self.directory.finished
+        return bool({"pretrain", "fit"} & {*self.config.stages, *self.directory.finished})
 
     @property
     def model_config(self) -> ModelConfig:
-        """The `model` section; once the fit stage has ended its best weights are the checkpoint."""
+        """The `model` section; once a stage has trained, what it has left stands in for what was named."""
         config = self.config.model
-        best = self.trained_model
-        return config if best is None else dataclasses.replace(config, checkpoint=str(best))
+        if (best := self.trained_model) is not None:
+            return dataclasses.replace(config, checkpoint=str(best))
+        if "pretrain" in self.directory.finished:
+            return dataclasses.replace(config, name=str(self.directory / PRETRAINED), checkpoint=None, revision=None)
+        return config
 
     def _saved_tokenizer(self) -> Any:
         # A run that is continued explains with the tokenizer that its weights were trained with.
@@ -139,7 +166,9 @@ class RunContext:
         data = self.data
         # Weights must not depend on what the data has drawn before.
         seed_everything(self.config.seed, workers=True, verbose=False)
-        model = load_model(self.model_config, data.label_names, data.tokenizer, need_head=not self.trains)
+        model = load_model(
+            self.model_config, data.label_names, data.tokenizer, need_head=not self.trains, processor=data.processor
+        )
         optimizer = OptimizerSettings(config.lr, config.weight_decay, config.warmup, config.schedule)
         size = sum(parameter.numel() for parameter in model.parameters())
         kind = config.name or f"{config.scratch.type} from scratch"
@@ -157,8 +186,18 @@ class RunContext:
 
     @cached_property
     def trainer(self) -> Trainer:
-        """The one Trainer of the run."""
+        """The one Trainer of the run; pretrain alone has one of its own."""
+        return self.make_trainer(self.callbacks)
+
+    def make_trainer(self, callbacks: Sequence[Any], **changes: Any) -> Trainer:
+        """A Trainer with the run's loggers and signals.
+
+        Args:
+            callbacks: Its callbacks.
+            changes: Arguments in place of those that the configuration gives.
+        """
         from lightning.pytorch import Trainer
+        from lightning.pytorch.callbacks import Checkpoint
         from lightning.pytorch.plugins import TorchCheckpointIO
 
         from calig.callbacks.exact_resume import AtomicCheckpointIO
@@ -171,12 +210,13 @@ class RunContext:
             else 10,
             "enable_model_summary": False,
             # Without the fit stage nothing is trained, and Lightning would add a checkpoint callback of its own.
-            "enable_checkpointing": any(type(item).__name__ == "ModelCheckpoint" for item in self.callbacks),
+            "enable_checkpointing": any(isinstance(item, Checkpoint) for item in callbacks),
             **self.config.trainer,
+            **changes,
         }
         # First: what the others do when a stage starts may take a while.
-        callbacks = [TakeSignals(self.signals), *self.callbacks]
-        trainer = Trainer(**arguments, logger=self.loggers, callbacks=callbacks, default_root_dir=self.directory.path)
+        first = [TakeSignals(self.signals), *callbacks]
+        trainer = Trainer(**arguments, logger=self.loggers, callbacks=first, default_root_dir=self.directory.path)
         # A strategy that writes in a way of its own keeps it.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -219,7 +259,7 @@ class RunContext:
         Raises:
             InputError: Whatever is wrong.
         """
-        if not {"fit", "test", "calibrate", "explain", "concepts"} & set(stages):
+        if not {"pretrain", "fit", "test", "calibrate", "explain", "concepts"} & set(stages):
             return
         data, module = self.data, self.module
         if "calibrate" in stages:

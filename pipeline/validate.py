@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from calig.pipeline.config import (
     ARTIFACTS,
+    BUILT_IN,
     CALIBRATED,
     CALIBRATION_FILE,
     KNOWN_STAGES,
@@ -148,7 +149,7 @@ def check_values(config: Config, origins: Origins) -> None:
         raise wrong("model.scratch.width", scratch.width, expected, origins)
     checkpoint = config.model.checkpoint
     scratched = config.model.name is None and not (checkpoint and Path(checkpoint).is_dir())
-    if scratched and config.data.max_length > scratch.max_positions:
+    if scratched and config.data.modality == "text" and config.data.max_length > scratch.max_positions:
         hint = f"Lower it, or set model.scratch.max_positions={config.data.max_length}."
         expected = f"at most model.scratch.max_positions={scratch.max_positions}"
         raise wrong("data.max_length", config.data.max_length, expected, origins, hint)
@@ -304,10 +305,11 @@ def _check_concepts(config: Config, origins: Origins) -> None:
 
 def _check_data(config: Config, origins: Origins) -> None:
     data = config.data
+    built_in = BUILT_IN[data.modality]
     if data.name is None and data.path is None:
         raise InputError(
             "data.name and data.path are both null: set data.path=FILE_OR_FOLDER for your own files, "
-            "data.name=controlled for the built-in corpus, or data.name=NAME for a data set of the hub."
+            f"data.name={built_in} for the built-in data, or data.name=NAME for a data set of the hub."
         )
     if data.name is not None and data.path is not None:
         name, path = f"{data.name}{where('data.name', origins)}", f"{data.path}{where('data.path', origins)}"
@@ -316,8 +318,8 @@ def _check_data(config: Config, origins: Origins) -> None:
             "add data=files (or data.name=null), else drop data.path."
         )
     for key in ("config", "revision"):
-        if getattr(data, key) is not None and data.name in (None, "controlled"):
-            source = f"data.path={data.path}" if data.name is None else "data.name=controlled"
+        if getattr(data, key) is not None and data.name in (None, built_in):
+            source = f"data.path={data.path}" if data.name is None else f"data.name={built_in}"
             expected = f"null with {source}: it belongs to a data set of the hub"
             raise wrong(f"data.{key}", getattr(data, key), expected, origins)
     roles: dict[str, str] = {}

@@ -12,17 +12,24 @@ from calig.pipeline.compose import CONFIG_FILE, compose, load, options, save, to
 from calig.pipeline.config import ASKED_STAGES, GROUPS, KNOWN_STAGES, Config, ExplainConfig, describe_schema
 from calig.pipeline.errors import InputError
 
-NEEDS_PATH = ("data", "files")
+NEEDS_PATH = (("data", "files"), ("data", "image_files"))
+OF_IMAGES = {
+    "data": {"scenes", "cifar10", "mnist", "image_files"},
+    "model": {"vit_tiny", "mae_tiny", "mae_small_patch4"},
+}
 KEYS = {
     "": "seed stages trainer",
     "run.": "dir name resume overwrite",
     "model.": "name checkpoint revision class_weights label_smoothing gradient_checkpointing compile "
     "lr weight_decay warmup schedule early_stopping monitor",
     "model.peft.": "r alpha dropout target_modules",
-    "model.scratch.": "type layers width heads intermediate vocab_size max_positions dropout initializer_range",
-    "data.": "name path config revision header quoted label_map max_length limit_train "
-    "limit_val limit_test batch_size eval_batch_size num_workers val_fraction test_fraction",
-    "data.columns.": "text text_pair label rationale",
+    "model.scratch.": "type layers width heads intermediate vocab_size max_positions image_size patch_size "
+    "dropout initializer_range",
+    "data.": "modality name path config revision header quoted label_map max_length limit_train "
+    "limit_val limit_test batch_size eval_batch_size num_workers val_fraction test_fraction annotations on_corrupt "
+    "augment",
+    "pretrain.": "epochs mask_ratio norm_pix_loss decoder_layers decoder_width decoder_heads lr weight_decay warmup",
+    "data.columns.": "text text_pair label rationale image mask boxes",
     "data.size.": "train val test",
     "explain.": "methods split num_samples batch_size batches_per_shard steps tolerance max_steps max_tokens_per_pass "
     "target operator metrics limits flows perturbation_target strict options",
@@ -62,9 +69,11 @@ def test_every_yaml_is_an_option():
     [(group, option) for group in (*GROUPS, "experiment", "debug") for option in options(group)],
 )
 def test_every_yaml_composes(group, option):
-    extra = ["data.path=somewhere.csv"] if (group, option) == NEEDS_PATH else []
+    extra = ["data.path=somewhere.csv"] if (group, option) in NEEDS_PATH else []
     if group == "data":  # the default model takes shorter texts than some data sets have
         extra.append("model.scratch.max_positions=512")
+    if option in OF_IMAGES.get(group, ()):
+        extra.append("data=scenes" if group == "model" else "model=vit_tiny")
     config = compose([f"{group}={option}", *extra], check=True)
     assert isinstance(config, Config)
     assert set(config.trainer) >= {"max_epochs"}
@@ -273,7 +282,7 @@ ERRORS = {
     "stage": (
         "stages=[fit,tst]",
         "stages: unknown stage 'tst'. Did you mean 'test'?",
-        "fit, test, calibrate, explain, benchmark, concepts, report",
+        "pretrain, fit, test, calibrate, explain, benchmark, concepts, report",
     ),
     "stage twice": ("stages=[fit,fit]", "stages: 'fit' is listed 2 times"),
     "method": (
@@ -346,6 +355,58 @@ ERRORS = {
     "no option": ("model=", "unknown model option ''", "tiny"),
     "experiment": ("experiment=quick", "'quick'. Did you mean 'quickstart'?", "hatexplain, imdb_bert", "FILE.yaml"),
     "debug": ("debug=limits", "unknown debug option 'limits'. Did you mean 'limit'?", "fast_dev_run"),
+    "image key of texts": ("data.augment=flip", "data.augment=flip is for images: set data.modality=image"),
+    "mistyped image key": ("data.augmnt=flip", "unknown key 'data.augmnt'. Did you mean 'data.augment'?"),
+    "mistyped image value": ("data.on_corrupt=skp", "data.on_corrupt: expected raise | skip", "Did you mean 'skip'?"),
+    "image column of texts": (
+        "data.columns.mask=m",
+        "data.columns.mask=m means nothing to data.modality=text",
+        "data.modality=image",
+    ),
+    "text column of images": (
+        ("experiment=vision_quickstart", "data.columns.rationale=r"),
+        "data.columns.rationale=r means nothing to data.modality=image",
+    ),
+    "modality": ("data.modality=images", "data.modality: expected text | image", "Did you mean 'image'?"),
+    "scenes as texts": (
+        "data.name=scenes",
+        "data.modality: expected image, which data.name=scenes is, got 'text'",
+    ),
+    "texts for an image model": (
+        "model=vit_tiny",
+        "model.scratch.type: expected a type for texts, as data.modality=text says, got 'vit' (in configs/model/",
+        "model=tiny",
+    ),
+    "images for a text model": (
+        "data=scenes",
+        "model.scratch.type: expected a type for images, as data.modality=image says, got 'bert'",
+        "model=vit_tiny",
+    ),
+    "patches": (
+        ("experiment=vision_quickstart", "model.scratch.image_size=30"),
+        "model.scratch.image_size: expected a multiple of model.scratch.patch_size=4, got 30",
+    ),
+    "two kinds of masks": (
+        ("experiment=vision_quickstart", "data.columns.mask=m", "data.annotations=a.json"),
+        "data.columns.mask and data.annotations all say where the deciding object is",
+    ),
+    "concepts of images": (
+        ("experiment=vision_quickstart", "stages=[fit,concepts]", "concepts.sets={a: b.txt}"),
+        "concepts are sets of texts",
+    ),
+    "pretrain texts": ("stages=[pretrain,fit]", "pretrain is a masked autoencoder of images"),
+    "pretrain late": (
+        ("experiment=cifar10_mae_tiny", "stages=[fit,pretrain]"),
+        "stages=[fit, pretrain]: pretrain comes first, before fit.",
+    ),
+    "pretrain without fit": (
+        ("experiment=cifar10_mae_tiny", "stages=[pretrain,test]"),
+        "pretrain leaves an encoder without a head for test. Put fit between.",
+    ),
+    "decoder heads": (
+        ("experiment=cifar10_mae_tiny", "pretrain.decoder_width=50"),
+        "pretrain.decoder_width: expected a multiple of pretrain.decoder_heads=4, got 50",
+    ),
     "no file": ("model=no/such.yaml", "model=no/such.yaml: no such file", "bert_base, bert_base_lora"),
 }
 

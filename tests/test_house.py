@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ({"calig.pipeline.errors"}, 0),
     ({"calig.pipeline.attribution", "calig.pipeline.config", "calig.pipeline.compose", "calig.pipeline.validate"}, 0),
-    ({"calig.pipeline.metrics.names"}, 0),
+    ({"calig.pipeline.metrics.names", "calig.pipeline.validate_modality"}, 0),
     ({"calig.pipeline.metrics", "calig.pipeline.records", "calig.pipeline.render"}, 1),
     ({"calig.pipeline.batch_facts", "calig.pipeline.explainer"}, 1),
     ({"calig.pipeline.explanation", "calig.pipeline.loading"}, 1),
@@ -24,6 +24,7 @@ FLOORS = [
     ({"calig.pipeline.flow_rows"}, 1),
     ({"calig.callbacks", "calig.datamodules", "calig.pipeline.module", "calig.pipeline.models"}, 2),
     ({"calig.pipeline.adapters", "calig.pipeline.checkpoint", "calig.pipeline.devices"}, 2),
+    ({"calig.pipeline.image_models", "calig.pipeline.pretraining"}, 2),
     ({"calig.pipeline.signals"}, 2),
     ({"calig.pipeline.console", "calig.pipeline.directory", "calig.pipeline.loggers", "calig.pipeline.wandb_run"}, 3),
     ({"calig.pipeline.run", "calig.pipeline.stages", "calig.pipeline.flow_summary"}, 3),

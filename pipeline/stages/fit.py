@@ -105,7 +105,7 @@ def run_stage(context: RunContext) -> None:
                 f"the training diverged: {', '.join(diverged)} is not finite, so nothing was saved as a model. Lower "
                 f"model.lr (now {config.model.lr:g}), or set trainer.gradient_clip_val=1."
             )
-        save_model(model, data.tokenizer, directory / "model")
+        save_model(model, data.tokenizer or data.processor, directory / "model")
         context.summarise(values | best_values(logged_rows(directory.path)))
         score = checkpoint.best_model_score
         epoch = trainer.current_epoch
@@ -136,12 +136,12 @@ def _probe_options(context: RunContext) -> dict[str, Any] | None:
     return without_asked(options).get(method)
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save a Hugging Face folder whole or not at all."""
+def save_model(model: Any, preprocessor: Any, folder: Path) -> None:
+    """Save a Hugging Face folder, with its tokenizer or image processor, whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    preprocessor.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
 
