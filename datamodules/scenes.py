@@ -29,13 +29,13 @@ MAX_SCENES: Final = 1_000_000  # over all splits
 
 # Chosen so that a ViT of four layers and width 96 with patches of 4 pixels reads the scenes from scratch within minutes
 # on one thread, while a linear model of the centre or of the mean colour stays at chance.
-_SIZES: Final = (10, 11, 12)
+_SIZES: Final = (11, 12, 13)
 _DISTRACTORS: Final = ("disc", "square", "triangle")
 _MOST_DISTRACTORS: Final = 3
 _TRIES: Final = 20  # for a place that is still free; a distractor that finds none is left out
-_TEXTURE: Final = 0.12  # standard deviation of the background's slow and fast variation
+_TEXTURE: Final = 0.1  # standard deviation of the background's slow and fast variation
 _GRAIN: Final = 0.04
-_CONTRAST: Final = (0.35, 0.6)  # between an object and the background's mean, in brightness
+_CONTRAST: Final = (0.4, 0.6)  # between an object and the background's mean, in brightness
 _TINT: Final = 0.12  # how far single channels depart from that
 
 

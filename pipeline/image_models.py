@@ -140,7 +140,7 @@ def check_image_size(model: PreTrainedModel, processor: ImageProcessor) -> None:
 
 def _shape(scratch: ScratchConfig, processor: ImageProcessor) -> dict[str, Any]:
     width = scratch.intermediate or 4 * scratch.width
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "dinov2": {"mlp_ratio": width // scratch.width},
         # BEiT knows where a patch stands by this alone.
         "beit": {"use_relative_position_bias": True},
