@@ -36,8 +36,7 @@ class Cell:
 
     def __call__(self) -> bytes:
         """Its bytes."""
-        value = self.column[self.row].as_py()
-        data: bytes = value["bytes"] if isinstance(value, dict) else value
+        data: bytes = self.column[self.row].as_py()
         return data
 
 
@@ -119,7 +118,7 @@ def _names(rows: Rows, column: str) -> list[str]:
     """The file names of images inside a table, as far as it keeps them."""
     values = rows.columns[column]
     if isinstance(values, pa.ChunkedArray) and pa.types.is_struct(values.type):
-        return [str(value["path"] or "") if value else "" for value in rows.values(column)]
+        return [path or "" for path in _field(values, "path").to_pylist()]
     return [str(value) if isinstance(value, str) else "" for value in rows.values(column)]
 
 
@@ -150,13 +149,18 @@ def _sources(rows: Rows, column: str, folder: Path, key: str, *, required: bool)
 
 def _cells(values: pa.ChunkedArray, folder: Path) -> list[Any]:
     """Of every row {bytes, path}: the bytes, else the path."""
-    inside = pa.chunked_array([chunk.field("bytes").is_valid() for chunk in values.chunks], pa.bool_()).to_pylist()
-    sources: list[Any] = []
-    for row, there in enumerate(inside):
-        value = None if there else values[row].as_py()
-        path = value.get("path") if value else None
-        sources.append(Cell(values, row) if there else folder / path if path else None)
-    return sources
+    data = _field(values, "bytes")
+    paths = _field(values, "path").to_pylist() if values.type.get_field_index("path") >= 0 else [None] * len(values)
+    inside = data.is_valid().to_pylist()
+    return [
+        Cell(data, row) if there else folder / path if path else None
+        for row, (there, path) in enumerate(zip(inside, paths, strict=True))
+    ]
+
+
+def _field(values: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """A field of a column of structs; missing where the struct is."""
+    return values.flatten()[values.type.get_field_index(name)]
 
 
 def _checked(sources: list[Any], rows: Rows, required: bool) -> list[Any]:
