@@ -22,7 +22,7 @@ from calig.pipeline.attribution import UnsupportedModelError
 from calig.pipeline.errors import InputError
 from calig.pipeline.explainer import Explainer, ExplainSettings, SampleFailure, perturbation_tokens, settings_for
 from calig.pipeline.perturbation import Curves, perturbation_curves
-from calig.pipeline.records import EXPLANATION_SCHEMA, write_table
+from calig.pipeline.records import EXPLANATION_SCHEMA, explained_key, write_table
 
 
 class AttributionCallback(Callback):
@@ -257,8 +257,8 @@ class AttributionCallback(Callback):
         explanations, metrics, failures = gather(mine.explanations), gather(mine.metrics), gather(mine.failures)
         # Metric rows have the index in the dataset; the data may number its samples otherwise.
         values = sample_metrics(metrics)
-        curves = perturbation_curves(metrics, {row["sample_id"]: row["probability"] for row in explanations})
-        explanations = numbered([{**row, "metrics": values.get(row["sample_id"], {})} for row in explanations])
+        curves = perturbation_curves(metrics, {explained_key(row): row["probability"] for row in explanations})
+        explanations = numbered([{**row, "metrics": values.get(explained_key(row), {})} for row in explanations])
         if failures and self.strict:
             first = failures[0]
             raise SampleFailure(

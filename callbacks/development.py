@@ -13,6 +13,7 @@ from torch import Tensor
 from calig.pipeline.costs import COSTS
 from calig.pipeline.explainer import scalar_key
 from calig.pipeline.metrics import drift, layer_profile, metric_key, summarise
+from calig.pipeline.records import SampleKey, explained_key, measured_key
 
 Rows = Sequence[Mapping[str, Any]]
 # Has a column of its own, is no quality of the explanation, or is a part of another metric.
@@ -24,19 +25,19 @@ class Development:
     """The last probe, which the drift of the next one is measured against.
 
     Attributes:
-        scores: Sample id -> token scores.
-        texts: Sample id -> a number that tells texts apart: only the same text is compared.
+        scores: Sample (where a text may have several labels: sample and label) -> token scores.
+        texts: Sample -> a number that tells texts apart: only the same text is compared.
         epoch: Of the last probe, -1 before the first.
     """
 
-    scores: dict[int, list[float]] = field(default_factory=dict)
-    texts: dict[int, int] = field(default_factory=dict)
+    scores: dict[SampleKey, list[float]] = field(default_factory=dict)
+    texts: dict[SampleKey, int] = field(default_factory=dict)
     epoch: int = -1
 
     def state(self) -> dict[str, Any]:
         """Plain values, which a checkpoint can hold."""
         return {
-            "ids": list(self.scores),
+            "ids": [list(key) if isinstance(key, tuple) else key for key in self.scores],
             "scores": list(self.scores.values()),
             "texts": list(self.texts.values()),
             "epoch": self.epoch,
@@ -45,7 +46,7 @@ class Development:
     @classmethod
     def restore(cls, state: Mapping[str, Any]) -> Development:
         """Take up what `state` gave."""
-        ids = state.get("ids", [])
+        ids = [tuple(key) if isinstance(key, list) else key for key in state.get("ids", [])]
         return cls(
             dict(zip(ids, state.get("scores", []), strict=True)),
             dict(zip(ids, state.get("texts", []), strict=False)),
@@ -54,15 +55,15 @@ class Development:
 
     def advance(self, explanations: Rows, epoch: int) -> float | None:
         """Take a probe's rows for the last probe; returns their mean drift, None where nothing can be compared."""
-        texts = {row["sample_id"]: zlib.crc32("\0".join(row["tokens"]).encode()) for row in explanations}
+        texts = {explained_key(row): zlib.crc32("\0".join(row["tokens"]).encode()) for row in explanations}
         moved = []
         for row in explanations:
-            number = row["sample_id"]
+            number = explained_key(row)
             if number not in self.scores or self.texts.get(number) != texts[number]:
                 continue
             content = torch.tensor([word is not None for word in row["word_ids"]])
             moved.append(float(drift(_row(row["scores"]), _row(self.scores[number]), content[None])[0]))
-        self.scores = {row["sample_id"]: row["scores"] for row in explanations}
+        self.scores = {explained_key(row): row["scores"] for row in explanations}
         self.texts, self.epoch = texts, epoch
         moved = [value for value in moved if value == value]  # NaN: nothing to correlate
         return sum(moved) / len(moved) if moved else None
@@ -75,14 +76,14 @@ def layer_shares(explanations: Rows) -> list[float]:
     return torch.stack(shares).mean(dim=0).tolist() if shares else []
 
 
-def sample_metrics(metrics: Rows) -> dict[int, dict[str, float]]:
-    """Sample id -> the method's own metrics on it, under the names of the scalars; without logits and variants."""
-    values: dict[int, dict[str, float]] = {}
+def sample_metrics(metrics: Rows) -> dict[SampleKey, dict[str, float]]:
+    """Sample -> the method's own metrics on it, under the names of the scalars; without logits and variants."""
+    values: dict[SampleKey, dict[str, float]] = {}
     for row in metrics:
         own = row["control"] == "none" and row["q"] is None and row["space"] != "logit"
         variant = row["metric"].endswith("@absolute") or row["metric"] in _NOT_IN_TABLES
         if own and row["value"] is not None and not variant:
-            values.setdefault(row["sample_id"], {})[metric_key(row)] = row["value"]
+            values.setdefault(measured_key(row), {})[metric_key(row)] = row["value"]
     return values
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -10,6 +10,7 @@ from PIL import Image
 
 from calig.pipeline.loading import rationale_by_word
 from calig.pipeline.perturbation import KEPT, REMOVED, Curves
+from calig.pipeline.render.decisions import Decision
 from calig.pipeline.render.figures import figure_image, layer_heatmap, layer_profile
 from calig.pipeline.render.lines import lines_figure
 from calig.pipeline.render.tokens import plain_markdown, token_html, token_markdown
@@ -166,15 +167,18 @@ def probe_media(
     table: list[list[Any]] = []
     paragraphs = []
     for row in rows:
-        title = f"#{row['sample_id']} · {name(row['target'])} p={row['probability']:.2f}"
-        if row["label"] is not None:
-            title += f" · label {name(row['label'])}"
-        plain = token_markdown(row["tokens"], row["scores"], word_ids=row["word_ids"])
+        decision = Decision.of(row)
+        title = f"#{row['sample_id']} · " + " · ".join(decision.parts(label_names))
+        if decision.plain:
+            title = f"#{row['sample_id']} · {name(row['target'])} p={row['probability']:.2f}"
+            title += "" if row["label"] is None else f" · label {name(row['label'])}"
+        words: dict[str, Any] = {"word_ids": row["word_ids"], "segment": row.get("segment")}
+        plain = token_markdown(row["tokens"], row["scores"], **words)
         paragraphs.append(f"{plain_markdown(title)}\n\n{plain}")
         marks = rationale_by_word(row)
-        text = token_html(row["tokens"], row["scores"], rationale=marks, title=title, word_ids=row["word_ids"])
+        text = token_html(row["tokens"], row["scores"], rationale=marks, title=title, **words)
         heatmap = layer_heatmap(row["tokens"], row["layer_scores"]) if row["layer_scores"] is not None else None
-        facts = [name(row["label"]), name(row["prediction"]), row["probability"], row["completeness_gap"]]
+        facts = [*_told(row, name), row["completeness_gap"]]
         values = [row.get("metrics", {}).get(key) for key in metrics]
         table.append([epoch, row["sample_id"], Html(text), *facts, *values, heatmap])
     prefix = f"val/explain/{method}"
@@ -190,6 +194,16 @@ def probe_media(
         "tables": {f"{prefix}/samples": ((*_COLUMNS, *metrics, "layers"), table)},
         "charts": charts,
     }
+
+
+def _told(row: Mapping[str, Any], name: Callable[[int | None], str | None]) -> list[Any]:
+    """Label, prediction and probability of a row, a cell each: the name of a class, names of labels, or numbers."""
+    if row.get("value") is not None:
+        return [row["label_value"], row["value"], None]
+    if row.get("predictions") is None:
+        return [name(row["label"]), name(row["prediction"]), row["probability"]]
+    given, found = ([name(index) for index in some or ()] for some in (row.get("labels"), row["predictions"]))
+    return [", ".join(map(str, given)), f"{name(row['target'])} of {', '.join(map(str, found))}", row["probability"]]
 
 
 def profile_chart(profiles: Mapping[int, Sequence[float]]) -> Chart:

@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from calig.pipeline.errors import InputError
 from calig.pipeline.explainer import Explained, Explainer
+from calig.pipeline.records import explained_key
 
 Adapter = Callable[[Any], Mapping[str, Any]]
 
@@ -133,11 +134,15 @@ def model_inputs(batch: Any, indices: Sequence[int]) -> dict[str, Any]:
     size = len(ids)
     if "sample_id" in kept:
         kept["own_id"] = kept.pop("sample_id")
-    for key in ("labels", "own_id", "rationale_missed"):
+    labels = kept.pop("labels", None)
+    if isinstance(labels, Tensor) and labels.ndim and len(labels) == size:
+        # One class or number per sample, or an indicator for each of its labels.
+        kept["labels"] = labels.reshape(size) if labels.numel() == size and not _indicates(labels) else labels
+    for key in ("own_id", "rationale_missed"):
         value = kept.pop(key, None)
         if isinstance(value, Tensor) and value.numel() == size and not _is_float(value):
             kept[key] = value.reshape(size)
-    for key in ("special_tokens_mask", "word_ids", "rationale"):
+    for key in ("special_tokens_mask", "word_ids", "rationale", "segment"):
         value = kept.pop(key, None)
         if isinstance(value, Tensor) and value.shape == ids.shape and not _is_float(value):
             kept[key] = value
@@ -168,19 +173,24 @@ def explain_each(
 
 def numbered(explanations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each sample once, in order, under the number that its data has of its own if those tell the samples apart."""
-    rows = {row["sample_id"]: row for row in explanations}
+    rows = {explained_key(row): row for row in explanations}
     own = {row["own_id"] for row in rows.values()}
-    key = "own_id" if len(own) == len(rows) else "sample_id"
+    key = "own_id" if len(own) == len({row["sample_id"] for row in rows.values()}) else "sample_id"
     named = [
         {name: value for name, value in row.items() if name != "own_id"} | {"sample_id": row[key]}
         for row in rows.values()
     ]
-    return sorted(named, key=lambda row: row["sample_id"])
+    return sorted(named, key=lambda row: row["sample_id"])  # stable: several labels of a sample keep their order
 
 
 def _asks_for_lists(loader: DataLoader[Any]) -> bool:
     """Whether the loader asks its dataset for a list of indices at once (`sampler=BatchSampler, batch_size=None`)."""
     return loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler)
+
+
+def _indicates(labels: Tensor) -> bool:
+    """Whether labels are indicators of one label each, (B, 1) float."""
+    return labels.ndim == 2 and labels.is_floating_point()
 
 
 def _is_float(value: Tensor) -> bool:

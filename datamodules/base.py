@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -12,10 +11,12 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
+from calig.datamodules.describe import describe_labels
 from calig.datamodules.samplers import EpochSampler, ExactSampler, ExactShare
 from calig.datamodules.sources import Kind, Use, read_column
 from calig.datamodules.splits import SPLITS
 from calig.pipeline.errors import InputError, unknown
+from calig.pipeline.tasks import Task
 
 Encoded = dict[str, Any]
 
@@ -48,6 +49,7 @@ class ClassificationData(LightningDataModule, Generic[Split]):
         require_labels: False where examples are only explained: data without labels will do, as will a source without
             training split. Labels are read if ``label_names`` says what they mean.
         split: Which split the rows of a single file are, where nothing is trained (either argument above).
+        task: What the labels are: one class, any number of labels, or a number.
     """
 
     kind: Kind
@@ -59,13 +61,15 @@ class ClassificationData(LightningDataModule, Generic[Split]):
         label_names: Sequence[str] | None = None,
         require_labels: bool = True,
         split: str = "test",
+        task: Task = "classification",
     ) -> None:
         super().__init__()
         self.config = config
+        self.task = task
         self.seed = seed
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
-        self._use = Use(label_names, require_labels, split)
+        self._use = Use(label_names, require_labels, split, task)
         self._datasets: dict[str, Split] = {}
         self._label_names: list[str] = []
         self._notes: list[str] = []
@@ -230,15 +234,8 @@ class ClassificationData(LightningDataModule, Generic[Split]):
         self._check_set_up()
         parts = [f"{split} {len(rows):,}" for split, rows in self._datasets.items()]
         first = next(iter(self._datasets.values()))
-        counts = Counter(row["labels"] for row in first.rows if "labels" in row)
-        total = counts.total()
-        shares = [
-            f"{name} {100 * counts[index] / total:.0f} %" if total else name
-            for index, name in enumerate(self._label_names)
-        ]
-        more = f", {len(shares) - 8} more" if len(shares) > 8 else ""
-        if shares:
-            parts.append(f"{len(shares)} classes ({', '.join(shares[:8])}{more})")
+        labels = [row["labels"] for row in first.rows if "labels" in row]
+        parts += describe_labels(self.task, self._label_names, labels)
         return " · ".join([*parts, *self._facts(), *self._notes])
 
     def _facts(self) -> list[str]:

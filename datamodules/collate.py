@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Kept beside the model's inputs: per token with its value on padding, and per example.
-TOKEN_FILL = {"special_tokens_mask": 1, "word_ids": -1, "rationale": -1}
+TOKEN_FILL = {"special_tokens_mask": 1, "word_ids": -1, "rationale": -1, "segment": -1}
 EXAMPLE_KEYS = ("sample_id", "rationale_missed")
 
 
@@ -18,9 +18,10 @@ EXAMPLE_KEYS = ("sample_id", "rationale_missed")
 class TextCollator:
     """Pad what ``calig.datamodules.tokenization.encode`` gives; plain and picklable, so workers can have it.
 
-    Shapes: B examples, T tokens of the longest; all tensors int64. The result holds ``model_keys`` as far as the
-    examples have them, ``special_tokens_mask`` (1 on padding), ``word_ids`` and ``rationale`` (-1 on padding), all
-    (B, T); ``sample_id`` and ``rationale_missed`` (B,); ``labels`` (B,) where all examples have one.
+    Shapes: B examples, T tokens of the longest, C labels; all tensors int64 but for some ``labels``. The result holds
+    ``model_keys`` as far as the examples have them, ``special_tokens_mask`` (1 on padding), ``word_ids``, ``rationale``
+    and, of pairs, ``segment`` (-1 on padding), all (B, T); ``sample_id`` and ``rationale_missed`` (B,); where all
+    examples have one, ``labels`` (B,): classes, or float32 numbers of a regression; or (B, C) float32 indicators.
 
     Attributes:
         pad_token_id: Fills ``input_ids``.

@@ -63,12 +63,17 @@ def has_label_column(rows: Rows) -> bool:
     return bool({name.lower() for name in rows.columns} & set(LABEL_NAMES))
 
 
-def read_texts(rows: Rows, columns: ColumnNames) -> Texts:
+def read_texts(rows: Rows, columns: ColumnNames, strip_quotes: bool = False) -> Texts:
     """Texts, second texts and rationales.
 
     Where a rationale column holds 0/1 per word or spans of words, every text comes back as a list of words: the token
     list of the source, or the text split at white space. With pairs of numbers beside strings, which are spans of
     characters, strings stay strings.
+
+    Args:
+        rows: The rows of a split.
+        columns: See ``ColumnNames``.
+        strip_quotes: Take off the quotes of texts that stand in quotes as a whole.
 
     Raises:
         InputError: A column is not there, a text is missing or empty, or a rationale does not fit its text.
@@ -77,6 +82,8 @@ def read_texts(rows: Rows, columns: ColumnNames) -> Texts:
     pairs = None
     if columns.text_pair is not None:
         pairs = _texts(rows, _existing(rows, "text_pair", columns.text_pair))
+    if strip_quotes:
+        texts, pairs = [unquoted(text) for text in texts], pairs and [unquoted(text) for text in pairs]
     marks: list[Marks | None] = [None] * len(texts)
     spans: list[Spans | None] = [None] * len(texts)
     column = _rationale_column(rows, columns.rationale)
@@ -87,11 +94,26 @@ def read_texts(rows: Rows, columns: ColumnNames) -> Texts:
     for index, value in enumerate(values):
         text, place = texts[index], rows.place(index)
         if isinstance(text, str) and by_character:
+            if strip_quotes:
+                raise InputError(
+                    f"data.strip_quotes=true: the rationales (column '{column}') count characters with them."
+                )
             spans[index] = None if value is None else _character_spans(value, text, column, place)
             continue
         words = texts[index] = text.split() if isinstance(text, str) else text
         marks[index] = None if value is None else _word_marks(value, words, column, place)
     return Texts(texts, pairs, marks, spans)
+
+
+def unquoted(text: Text) -> Text:
+    """A string without the pair of quotes that it stands in; a list of words as it is.
+
+    >>> unquoted("'a text' "), unquoted("'tis a text"), unquoted("''")
+    ('a text', "'tis a text", "''")
+    """
+    plain = text.strip() if isinstance(text, str) else ""
+    inside = plain[1:-1].strip()
+    return inside if len(plain) > 2 and plain[0] == plain[-1] and plain[0] in "'\"" and inside else text
 
 
 def _word_marks(value: object, words: list[str], column: str, place: str) -> Marks:

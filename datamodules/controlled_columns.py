@@ -25,7 +25,7 @@ def columns_of(example: TextExample) -> dict[str, str]:
     negative, positive = (not kind.isdisjoint(words) for kind in _WORDS)
     domains = Counter(_DOMAIN_OF[word] for word in words if word in _DOMAIN_OF).most_common(1)
     return {
-        "label": "" if example.label is None else LABELS[example.label],
+        "label": LABELS[example.label] if isinstance(example.label, int) else "",
         "sentiment_words": "both" if negative and positive else LABELS[positive],
         "negation": _told(words, _NEGATORS),
         "contrast": _told(words, CONTRASTS),

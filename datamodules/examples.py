@@ -12,7 +12,8 @@ class TextExample:
     Attributes:
         sample_id: Row index in its split; stable for the same source and settings.
         text: A string, or a list of words where the source is already split into tokens.
-        label: Class index; None where the data carries no labels.
+        label: Class index; of several labels 1.0 or 0.0 for each of them; of a regression the number. None where the
+            data carries no labels.
         text_pair: The second sentence of a pair, in the form of ``text``.
         rationale: 1 on the words that a human (or the grammar) marked as evidence, 0 elsewhere; one entry per
             word of ``text``, which is then a list of words. None where no rationale is known.
@@ -21,7 +22,7 @@ class TextExample:
 
     sample_id: int
     text: str | list[str]
-    label: int | None
+    label: int | float | list[float] | None
     text_pair: str | list[str] | None = None
     rationale: list[int] | None = None
     spans: list[tuple[int, int]] | None = None

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from calig.datamodules.rows import Rows
 from calig.pipeline.errors import InputError, unknown
 
 LISTED = 20
+Label = TypeVar("Label", str, list[str], float)
 
 
 def label_keys(rows: Rows, column: str) -> list[str | None]:
     """The labels of a column as strings ("1" for 1, 1.0 and "1"; "true" for True); None where one is missing."""
-    return [_key(value, rows, index, column) for index, value in enumerate(rows.values(column))]
+    return [label_key(value, rows, index, column) for index, value in enumerate(rows.values(column))]
 
 
-def all_present(keys: Sequence[str | None], rows: Rows, column: str) -> list[str]:
+def all_present(keys: Sequence[Label | None], rows: Rows, column: str) -> list[Label]:
     """``keys`` again, none of them None; else an error that names the first row without label."""
     if None in keys:
         raise InputError(
@@ -41,7 +43,7 @@ def class_order(keys: Iterable[str], label_map: Mapping[str, str] | None, declar
         return list(dict.fromkeys(str(name) for name in label_map.values()))
     if declared:
         return list(declared)
-    return sorted(found, key=int) if all(_is_integer(key) for key in found) else sorted(found)
+    return sorted(found, key=int) if all(is_integer(key) for key in found) else sorted(found)
 
 
 def class_indices(
@@ -96,7 +98,7 @@ def model_indices(
         InputError: A label is not in ``label_map``, or the model has no such class.
     """
     index_of = {str(name): index for index, name in enumerate(names)}
-    if not any(_is_integer(name) for name in index_of):
+    if not any(is_integer(name) for name in index_of):
         index_of |= {str(index): index for index in range(len(names))}
     indices = []
     for row, name in enumerate(_mapped(keys, label_map, rows, column)):
@@ -136,7 +138,8 @@ def _mapped(keys: Sequence[str], label_map: Mapping[str, str] | None, rows: Rows
     return [mapping[key] for key in keys]
 
 
-def _key(value: object, rows: Rows, index: int, column: str) -> str | None:
+def label_key(value: object, rows: Rows, index: int, column: str) -> str | None:
+    """A label as a string, see `label_keys`; InputError where it is neither a string nor an integer."""
     if value is None or value != value:
         return None
     if isinstance(value, str):
@@ -149,11 +152,13 @@ def _key(value: object, rows: Rows, index: int, column: str) -> str | None:
         return str(value)
     raise InputError(
         f"{rows.place(index)}: the label (column '{column}') is {str(value)[:60]!r} of type {type(value).__name__}. "
-        "Expected one integer or string per text."
+        "Expected one integer or string per text. Several labels per text are data.task=multi_label, numbers "
+        "data.task=regression."
     )
 
 
-def _is_integer(key: str) -> bool:
+def is_integer(key: str) -> bool:
+    """Whether a label spells an integer."""
     return key.removeprefix("-").isdecimal()
 
 

@@ -61,15 +61,27 @@ class Rows:
 
 
 def from_table(source: str, table: pa.Table) -> Rows:
-    """An arrow table; integer classes that its schema names come back as names, -1 (withheld) as None."""
+    """An arrow table; integer classes (or lists of them) that its schema names come back as names, -1 as None."""
     check_names(source, table.column_names)
     rows = Rows(source, {name: table.column(name) for name in table.column_names})
     for column, names in _declared_classes(table.schema).items():
         ids = rows.values(column) if column in rows.columns else []
-        if names and all(i is None or (isinstance(i, int) and i < len(names)) for i in ids):
+        if names and all(_is_class(i, names) for i in ids):
             rows.class_names[column] = names
-            rows.columns[column] = [None if i is None or i < 0 else names[i] for i in ids]
+            rows.columns[column] = [_class_name(i, names) for i in ids]
     return rows
+
+
+def _is_class(value: Any, names: list[str]) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(i, int) and 0 <= i < len(names) for i in value)
+    return value is None or (isinstance(value, int) and value < len(names))
+
+
+def _class_name(value: Any, names: list[str]) -> str | list[str] | None:
+    if isinstance(value, list):
+        return [names[i] for i in value]
+    return None if value is None or value < 0 else names[value]
 
 
 def check_names(source: str, names: Sequence[str]) -> None:
@@ -116,9 +128,13 @@ def _declared_classes(schema: pa.Schema) -> dict[str, list[str]]:
     """Class names by column from what the ``datasets`` library writes into arrow and parquet files."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        inner = {
+            name: feature["feature"] if isinstance(feature, dict) and "feature" in feature else feature  # of a list
+            for name, feature in features.items()
+        }
         return {
             name: list(feature["names"])
-            for name, feature in features.items()
+            for name, feature in inner.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
         }
     except (KeyError, TypeError, ValueError, AttributeError):

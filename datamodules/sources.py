@@ -9,6 +9,8 @@ from typing import Any
 from calig.datamodules.columns import has_label_column, label_column, read_texts
 from calig.datamodules.examples import TextExample
 from calig.datamodules.hub import read_hub
+from calig.datamodules.label_sets import indicated, label_lists, set_vectors
+from calig.datamodules.label_values import label_values
 from calig.datamodules.labels import (
     all_present,
     class_indices,
@@ -23,6 +25,7 @@ from calig.datamodules.rows import WHOLE, Rows
 from calig.datamodules.settings import TextDataConfig
 from calig.datamodules.splits import SPLITS, cut_missing, limit, shared_examples
 from calig.pipeline.errors import InputError, unknown
+from calig.pipeline.tasks import Task
 
 CONTROLLED = "controlled"
 
@@ -44,11 +47,13 @@ class Use:
         label_names: The classes of a model that is trained already; None: the training split defines them.
         require_labels: False where texts are only explained.
         split: The split that the rows of a source without splits are, where nothing is trained.
+        task: What the labels are.
     """
 
     label_names: Sequence[str] | None = None
     require_labels: bool = True
     split: str = "test"
+    task: Task = "classification"
 
     @property
     def trains(self) -> bool:
@@ -65,14 +70,14 @@ class Kind:
         generated: The name of the data set that is generated.
         classes: Its classes.
         generate: Its splits, of the configuration and the seed.
-        examples: Makes examples of rows and their class indices.
+        examples: Makes examples of rows and their labels.
     """
 
     noun: str
     generated: str
     classes: Callable[[], Sequence[str]]
     generate: Callable[[Any, int], dict[str, list[Any]]]
-    examples: Callable[[Rows, Any, Sequence[int] | None], list[Any]]
+    examples: Callable[[Rows, Any, Sequence[Any] | None], list[Any]]
 
 
 def load_corpus(config: Any, seed: int, use: Use | None = None, kind: Kind | None = None) -> Corpus:
@@ -102,7 +107,7 @@ def load_corpus(config: Any, seed: int, use: Use | None = None, kind: Kind | Non
         corpus = _generated(config, seed, use, kind)
     else:
         source = _read(config, use, kind)
-        corpus = _trained(source, config, kind) if use.trains else _given(source, config, use, kind)
+        corpus = _trained(source, config, kind, use.task) if use.trains else _given(source, config, use, kind)
         if use.trains:
             corpus.notes.extend(shared_examples(corpus.splits, kind.noun))
     splits = corpus.splits
@@ -114,8 +119,8 @@ def load_corpus(config: Any, seed: int, use: Use | None = None, kind: Kind | Non
         for split in SPLITS
         if split in splits
     }
-    if use.trains:
-        met = {example.label for example in limited["train"]}
+    if use.trains and use.task != "regression":
+        met = {index for example in limited["train"] for index in _classes(example.label)}
         unmet = [name for index, name in enumerate(corpus.label_names) if index not in met]
         if unmet:
             corpus.notes.append(f"no training {kind.noun} of {', '.join(unmet[:8])}{', ...' if len(unmet) > 8 else ''}")
@@ -165,8 +170,55 @@ def _read(config: Any, use: Use, kind: Kind) -> dict[str, Rows]:
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
-def _trained(splits: Mapping[str, Rows], config: Any, kind: Kind) -> Corpus:
+def _classes(label: int | float | list[float] | None) -> list[int]:
+    """The class of an example, or its labels."""
+    if isinstance(label, list):
+        return [index for index, value in enumerate(label) if value]
+    return [label] if isinstance(label, int) else []
+
+
+def _set_keys(rows: Rows, config: Any) -> tuple[str, list[list[str] | None], list[str]]:
+    """Of several labels per text: what messages call their column, the labels, and the declared names."""
+    indicators = getattr(config.columns, "indicators", None)
+    if indicators is not None:
+        return ", ".join(indicators), indicated(rows, indicators), list(indicators)
+    column = label_column(rows, config.columns.label)
+    return column, label_lists(rows, column), rows.class_names.get(column, [])
+
+
+def _trained_sets(splits: Mapping[str, Rows], config: Any, kind: Kind) -> Corpus:
+    """Several labels per text, as labels of the training split."""
+    examples: dict[str, list[Any]] = {}
+    notes = [note for rows in splits.values() for note in rows.notes]
+    names: list[str] = []
+    met: set[int] | None = None
+    for split, rows in splits.items():
+        column, keys, declared = _set_keys(rows, config)
+        present = all_present(keys, rows, column)
+        if split == "train":
+            names = class_order((key for some in present for key in some), config.label_map, declared)
+        vectors = set_vectors(present, names, config.label_map, rows, column, met)
+        if split == "train":
+            met = {index for vector in vectors for index in _classes(vector)}
+        examples[split] = kind.examples(rows, config, vectors)
+    return Corpus(examples, names, list(dict.fromkeys(notes)))
+
+
+def _trained_values(splits: Mapping[str, Rows], config: Any, kind: Kind) -> Corpus:
+    """Numbers; the one output is called by their column."""
+    notes = [note for rows in splits.values() for note in rows.notes]
+    columns = {split: label_column(rows, config.columns.label) for split, rows in splits.items()}
+    examples = {
+        split: kind.examples(rows, config, all_present(label_values(rows, columns[split]), rows, columns[split]))
+        for split, rows in splits.items()
+    }
+    return Corpus(examples, [columns["train"]], list(dict.fromkeys(notes)))
+
+
+def _trained(splits: Mapping[str, Rows], config: Any, kind: Kind, task: Task) -> Corpus:
     """Labels as classes of the training split."""
+    if task != "classification":
+        return (_trained_sets if task == "multi_label" else _trained_values)(splits, config, kind)
     examples: dict[str, list[Any]] = {}
     notes = [note for rows in splits.values() for note in rows.notes]
     names: list[str] = []
@@ -199,15 +251,29 @@ def _given(splits: Mapping[str, Rows], config: Any, use: Use, kind: Kind) -> Cor
     return Corpus(examples, list(use.label_names or []), list(dict.fromkeys(notes)))
 
 
-def _labels_for_model(rows: Rows, config: Any, use: Use) -> tuple[Sequence[int] | None, str]:
+def _labels_for_model(
+    rows: Rows, config: Any, use: Use
+) -> tuple[Sequence[int] | Sequence[float] | Sequence[list[float]] | None, str]:
     """The labels of all rows, or None and why."""
     named = config.columns.label
     if not use.require_labels:
-        if named is None and not has_label_column(rows):
+        indicators = getattr(config.columns, "indicators", None)
+        if named is None and indicators is None and not has_label_column(rows):
             return None, f"{rows.source} has no labels"
         if use.label_names is None:
             return None, "labels not read: the classes of the model are not known"
+    if use.task == "multi_label":
+        column, sets, _ = _set_keys(rows, config)
+        if not use.require_labels and (missing := sets.count(None)):
+            return None, f"{rows.source}: {missing:,} of {len(sets):,} rows have no label, so none is used"
+        present_sets = all_present(sets, rows, column)
+        return set_vectors(present_sets, use.label_names or (), config.label_map, rows, column, of_model=True), ""
     column = label_column(rows, named)
+    if use.task == "regression":
+        values = label_values(rows, column)
+        if not use.require_labels and (missing := values.count(None)):
+            return None, f"{rows.source}: {missing:,} of {len(values):,} rows have no label, so none is used"
+        return all_present(values, rows, column), ""
     keys = label_keys(rows, column)
     names = list(use.label_names or [])
     if not use.require_labels:
@@ -223,8 +289,10 @@ def _labels_for_model(rows: Rows, config: Any, use: Use) -> tuple[Sequence[int] 
     return model_indices(present, names, config.label_map, rows, column), ""
 
 
-def _examples(rows: Rows, config: TextDataConfig, labels: Sequence[int] | None) -> list[TextExample]:
-    read = read_texts(rows, config.columns)
+def _examples(
+    rows: Rows, config: TextDataConfig, labels: Sequence[int] | Sequence[float] | Sequence[list[float]] | None
+) -> list[TextExample]:
+    read = read_texts(rows, config.columns, bool(getattr(config, "strip_quotes", False)))
     return [
         TextExample(
             row,
@@ -253,7 +321,7 @@ def _generated(config: Any, seed: int, use: Use, kind: Kind) -> Corpus:
             "explain a model that was trained on these data, or other data."
         )
     relabelled = {
-        split: [e if e.label is None else replace(e, label=index[e.label]) for e in examples]
+        split: [replace(e, label=index[e.label]) if isinstance(e.label, int) else e for e in examples]
         for split, examples in splits.items()
     }
     return Corpus(relabelled, names)

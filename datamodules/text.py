@@ -16,8 +16,10 @@ from calig.datamodules.collate import TextCollator
 from calig.datamodules.examples import TextExample
 from calig.datamodules.settings import TextDataConfig
 from calig.datamodules.sources import TEXTS, load_corpus
-from calig.datamodules.tokenization import TRAINED, check_length, encode_all, ensure_pad_token
+from calig.datamodules.tokenization import check_length, encode_all, ensure_pad_token
+from calig.datamodules.trained_tokenizers import Trained, train_tokenizer
 from calig.pipeline.errors import InputError
+from calig.pipeline.tasks import Task
 
 # Below this number of texts tokenising takes a moment and needs no progress bar.
 QUICK = 4000
@@ -66,7 +68,8 @@ class TextDataModule(ClassificationData[EncodedDataset]):
             training split. Labels are read if ``label_names`` says what they mean.
         split: Which split the rows of a single file are, where nothing is trained (either argument above).
         max_positions: The longest input that the model takes (see ``longest_input``); None: what the tokenizer says.
-        train_kind: Kind of the tokenizer that is trained here, of ``tokenization.TRAINED``.
+        task: What the labels are: one class, any number of labels, or a number.
+        train_kind: What is trained where there is no tokenizer; see ``train_tokenizer``.
     """
 
     kind = TEXTS
@@ -82,11 +85,12 @@ class TextDataModule(ClassificationData[EncodedDataset]):
         require_labels: bool = True,
         split: str = "test",
         max_positions: int | None = None,
-        train_kind: str = "wordpiece",
+        task: Task = "classification",
+        train_kind: Trained = "wordpiece",
     ) -> None:
-        super().__init__(config, seed, label_names, require_labels, split)
-        self.vocab_size = vocab_size
+        super().__init__(config, seed, label_names, require_labels, split, task)
         self.train_kind = train_kind
+        self.vocab_size = vocab_size
         self.padding_side = padding_side
         self.max_positions = max_positions
         self._tokenizer = tokenizer
@@ -128,7 +132,7 @@ class TextDataModule(ClassificationData[EncodedDataset]):
                     "or model.checkpoint to the folder of the model that is to be explained."
                 )
             texts = [text for e in corpus.splits["train"] for text in (e.text, e.text_pair) if text is not None]
-            self._tokenizer = TRAINED[self.train_kind](texts, self.vocab_size, length)
+            self._tokenizer = train_tokenizer(self.train_kind, texts, self.vocab_size, length)
         ensure_pad_token(self._tokenizer)
         pairs = any(examples[0].text_pair is not None for examples in corpus.splits.values())
         check_length(self._tokenizer, length, pairs, self.max_positions)

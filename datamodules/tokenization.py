@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from transformers import BertTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
+from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 from calig.datamodules.columns import Text
 from calig.datamodules.examples import TextExample
@@ -31,7 +31,7 @@ def train_wordpiece(
     Raises:
         InputError: ``vocab_size`` does not even hold the characters of the texts.
     """
-    lines = [_joined(text) for text in texts]
+    lines = [joined(text) for text in texts]
     fresh = BertTokenizer(do_lower_case=lower_case)
     special = list(fresh.get_vocab())
     # The trainer numbers "##x" pieces in the order of a randomly seeded hash map, and breaks ties between merges by
@@ -49,44 +49,6 @@ def train_wordpiece(
     if max_length is not None:
         tokenizer.model_max_length = max_length
     return tokenizer
-
-
-def train_byte_pairs(texts: Iterable[Text], vocab_size: int, max_length: int | None = None) -> RobertaTokenizer:
-    """Train a byte-level BPE tokenizer, the kind that decoders bring, deterministic as `train_wordpiece` is.
-
-    Pieces, bytes and prefix spaces are GPT-2's. The texts stand between ``<s>`` and ``</s>``: a causal model reads its
-    decision at the last token, and the end token is the one that has nothing of its own to say (Radford et al. 2018
-    call it the extract token). Pad, mask and unknown token have ids of their own, and there are no token types, which
-    GPT-2 would look up in its word table.
-
-    Args:
-        texts: The training texts, and only those.
-        vocab_size: Upper bound; 256 bytes and 5 special tokens are always in it.
-        max_length: Stored as the tokenizer's ``model_max_length``.
-
-    Raises:
-        InputError: ``vocab_size`` does not even hold the bytes.
-    """
-    lines = [_joined(text) for text in texts]
-    # A text begins as any word inside it does: the same word is the same token everywhere.
-    fresh = RobertaTokenizer(add_prefix_space=True)
-    least = len(fresh) + 256
-    if vocab_size < least:
-        raise InputError(
-            f"vocab_size={vocab_size} is too small: a byte-level vocabulary holds at least {least} pieces."
-        )
-    batches = (lines[start : start + CHUNK] for start in range(0, len(lines), CHUNK))
-    tokenizer = fresh.train_new_from_iterator(batches, vocab_size, show_progress=False)
-    if max_length is not None:
-        tokenizer.model_max_length = max_length
-    return tokenizer
-
-
-TRAINED: dict[str, Callable[..., PreTrainedTokenizerBase]] = {
-    "wordpiece": train_wordpiece,
-    "byte_bpe": train_byte_pairs,
-}
-"""Kind of a tokenizer that is trained on the training split -> how (``model.scratch.tokenizer``)."""
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -164,6 +126,7 @@ def encode_all(
     - ``rationale``: 0/1 by the token's word, -1 on special tokens, on the second text, and where unknown; a word is
       marked by a span of characters that shares one with it;
     - ``rationale_missed``: how many marked words truncation cut off as a whole;
+    - ``segment``: 0 on the first text and 1 on the second, -1 on special tokens (only where there is a second);
     - ``truncated``: whether tokens were cut off, and ``tokens_cut``: how many;
     - ``labels`` (absent where there is none), ``sample_id``.
 
@@ -180,8 +143,8 @@ def encode_all(
         )
     stream = iter(examples)
     while chunk := list(islice(stream, CHUNK)):
-        firsts = [_joined(example.text) for example in chunk]
-        pairs = [_joined(example.text_pair) for example in chunk if example.text_pair is not None]
+        firsts = [joined(example.text) for example in chunk]
+        pairs = [joined(example.text_pair) for example in chunk if example.text_pair is not None]
         if pairs and len(pairs) != len(chunk):
             raise InputError("some examples have a second text and some have none; give all of them one, or none.")
         encoded = tokenizer(firsts, pairs or None, truncation=True, max_length=max_length)
@@ -221,6 +184,8 @@ def _aligned(example: TextExample, encoding: Any) -> dict[str, Any]:
         "tokens_cut": _tokens_cut(encoding, sequences),
         "sample_id": example.sample_id,
     }
+    if example.text_pair is not None:
+        result["segment"] = [-1 if of is None else of for of in sequences]
     return result if example.label is None else result | {"labels": example.label}
 
 
@@ -267,7 +232,8 @@ def _words(text: Text, encoding: Any, sequence: int) -> dict[int, int]:
     return {position: min(bisect_right(ends, offsets[position][0]), len(ends) - 1) for position in positions}
 
 
-def _joined(text: Text) -> str:
+def joined(text: Text) -> str:
+    """A text as tokenizers read it: a list of words by single spaces."""
     return text if isinstance(text, str) else " ".join(text)
 
 

@@ -29,11 +29,15 @@ from calig.pipeline.metrics.statistics import (
     unique_values,
 )
 from calig.pipeline.records import atomic_write
+from calig.pipeline.render.decisions import Decision
 from calig.pipeline.render.labels import SIGNIFICANT
 from calig.pipeline.render.labels import metric as label_of
 
 BENCHMARK_FILE = "benchmark.csv"
-EXPLANATION_COLUMNS = ["sample_id", "method", "word_ids", "scores", "label", "prediction", "steps_used"]
+EXPLANATION_COLUMNS = [
+    *("sample_id", "method", "word_ids", "scores", "label", "prediction", "steps_used"),
+    *("target", "predictions", "labels"),
+]
 """What is read of the explanations."""
 
 Rows = Iterable[Mapping[str, Any]]
@@ -110,19 +114,28 @@ class SampleFacts:
     agreement: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take in one sample: its explanations by all methods."""
+        """Take in one sample: its explanations by all methods, of each of its labels where it may have several."""
         first = rows[0]
         words = [i for i, word in enumerate(first["word_ids"]) if word is not None]
         sample = first["sample_id"]
         self.lengths[sample] = len(words)
-        if first["label"] is not None and first["label"] >= 0:
-            self.right[sample] = first["label"] == first["prediction"]
+        if (right := Decision.of({"target": None, **first}).right) is not None:
+            self.right[sample] = right
+        steps: dict[str, list[int]] = {}
         for row in rows:
-            ids, values = self.steps.setdefault(row["method"], (array("q"), array("d")))
+            steps.setdefault(row["method"], []).append(row["steps_used"])
+        for method, used in steps.items():
+            ids, values = self.steps.setdefault(method, (array("q"), array("d")))
             ids.append(sample)
-            values.append(row["steps_used"])
-        if len(words) < 2:
-            return
+            values.append(sum(used) / len(used))  # over the labels of the sample
+        by_target: dict[int | None, list[Mapping[str, Any]]] = {}
+        for row in rows if len(words) > 1 else ():
+            by_target.setdefault(row.get("target") if row.get("predictions") is not None else None, []).append(row)
+        for same in by_target.values():
+            self._agree(same, words)
+
+    def _agree(self, rows: Sequence[Mapping[str, Any]], words: Sequence[int]) -> None:
+        """Take in the explanations of one output by all methods."""
         # (M, M) of (M, N)
         found = spearman_matrix(torch.tensor([[row["scores"][i] for i in words] for row in rows])).tolist()
         for i, a in enumerate(rows):

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from calig.pipeline.attribution import ClassLogit, ExplainableModel
 from calig.pipeline.attribution.methods import create_method
 from calig.pipeline.attribution.methods.ca_lig import CALIG
-from calig.pipeline.attribution.objective import resolve_target
 from calig.pipeline.attribution.rollout import Fusion, Ingredients
 from calig.pipeline.errors import InputError
+from calig.pipeline.heads import Head
 from calig.pipeline.loading import batch_rationale
 from calig.pipeline.metrics import PerturbationTokens, Request, bootstrap_interval, perturbed_logits, plausibility_rows
 from calig.pipeline.metrics.faithfulness import BINS, comprehensiveness, sufficiency
@@ -203,6 +203,7 @@ class Calibrator:
         self.settings = settings
         self.tokens = PerturbationTokens.from_tokenizer(tokenizer)
         self.tokens.check(settings.operator)
+        self.head = Head()  # known with the first batch
         self._chunks: list[_Chunk] = []
 
     def add(self, batch: Mapping[str, Any]) -> None:
@@ -215,7 +216,11 @@ class Calibrator:
         assert isinstance(method, CALIG)
         with self.model.session():
             inputs = self.model.prepare(batch, batch.get("special_tokens_mask"))
-            target = resolve_target(self.settings.target, self.model.logits(inputs), batch.get("labels"))
+            logits = self.model.logits(inputs)
+            self.head = Head.of(self.model.module, logits.shape[1])
+            targets = self.head.targets(self.settings.target, logits, batch.get("labels"))
+            # Of several labels the most probable one: a choice for all of them needs no more.
+            target = torch.tensor([some[0] for some in targets], device=logits.device)
             parts, _, _ = method.ingredients(self.model, inputs, ClassLogit(target))
         ids = [int(i) for i in batch["sample_id"].tolist()]
         self._chunks.append(
@@ -366,8 +371,8 @@ class Calibrator:
                 mask=chunk.mask,
             ).double()
         target = torch.tensor([int(chunk.target[b]) for b, _ in new])
-        full = logits[: len(new)].softmax(-1).gather(1, target[:, None]).squeeze(1)
-        every = logits[len(new) :].softmax(-1).view(len(new), 2, len(BINS), -1)
+        full = self.head.values(logits[: len(new)]).gather(1, target[:, None]).squeeze(1)
+        every = self.head.values(logits[len(new) :]).view(len(new), 2, len(BINS), -1)
         removed, kept = every.gather(-1, target.view(-1, 1, 1, 1).expand(*every.shape[:-1], 1)).squeeze(-1).unbind(1)
         gained, lost = comprehensiveness(full, removed), sufficiency(full, kept)
         values = {

@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from calig.pipeline.metrics.names import DEFAULT_METRICS, PerturbationTarget
+from calig.pipeline.tasks import Task
 
 KNOWN_STAGES = ("pretrain", "fit", "test", "calibrate", "explain", "benchmark", "concepts", "report")
 """The stages that ``stages`` may name; ``calibrate`` is passed over where no option asks for it."""
@@ -35,6 +36,7 @@ GROUPS = ("model", "data", "explain", "trainer", "logger")
 """The sections that ``group=option`` fills from a file of ``configs/<group>/``."""
 
 Operator = Literal["mask", "delete", "attention"]
+Tokenizer = Literal["wordpiece", "byte_bpe"]
 
 
 def _key(default: Any, help: str, **limits: float) -> Any:
@@ -64,10 +66,10 @@ class ScratchConfig:
     width: int = _key(96, "hidden width, a multiple of heads", low=1)
     heads: int = _key(4, "attention heads per block", low=1)
     intermediate: int | None = _key(None, "width inside the feed-forward part (null: 4 * width)", low=1)
-    tokenizer: Literal["wordpiece", "byte_bpe"] = _key(
-        "wordpiece", "kind of tokenizer trained on the training split: wordpiece (BERT's), byte_bpe (for decoders)"
-    )
     vocab_size: int = _key(2000, "size of the vocabulary trained on the training split", low=16)
+    tokenizer: Tokenizer = _key(
+        "wordpiece", "what is trained there: wordpiece (lower-cased), or byte_bpe (any script; decoders)"
+    )
     max_positions: int = _key(512, "longest input in tokens", low=2)
     image_size: int = _key(32, "side that images are resized to, a multiple of patch_size", low=2)
     patch_size: int = _key(4, "side of the patches that an image is cut into, in pixels", low=1)
@@ -97,7 +99,7 @@ class ModelConfig:
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     peft: AdapterConfig = field(default_factory=AdapterConfig)
     class_weights: list[float] | Literal["balanced"] | None = _key(
-        None, "weights of the classes in the loss, or balanced: the rarer, the heavier (null: none)"
+        None, "weights of the classes in the loss (multi_label: of the positives), or balanced: the rarer, the heavier"
     )
     label_smoothing: float = _key(0.0, "share of the target spread over all classes", low=0, below=1)
     gradient_checkpointing: bool = _key(False, "recompute blocks in the backward pass: less memory, more time")
@@ -107,7 +109,17 @@ class ModelConfig:
     warmup: float = _key(0.1, "fraction of all steps over which the learning rate rises", low=0, high=1)
     schedule: Literal["linear", "cosine", "constant"] = _key("linear", "course of the learning rate after warm-up")
     early_stopping: int | None = _key(None, "stop after this many validations without progress (null: never)", low=1)
-    monitor: str = _key("val/accuracy", "scalar that picks the best checkpoint and stops early")
+    monitor: str | None = _key(
+        None,
+        "scalar that picks the best checkpoint and stops early (null: val/accuracy; val/f1_micro of multi_label, "
+        "val/pearson of regression)",
+    )
+    threshold: float | None = _key(
+        None,
+        "multi_label: probability from which a label is predicted (null: the model's own, else 0.5)",
+        above=0,
+        below=1,
+    )
 
 
 @dataclass
@@ -117,6 +129,7 @@ class ColumnsConfig:
     text: str | None = _key(None, "column of the text or of its list of words (null: found by name)")
     text_pair: str | None = _key(None, "column of the second text of a pair")
     label: str | None = _key(None, "column of the label, or conllu comment (null: found by name)")
+    indicators: list[str] | None = _key(None, "multi_label: columns of 0 and 1, one per label, in place of label")
     rationale: str | None = _key(
         None, "column of the evidence: 0 or 1 per word, or [start, end) pairs of words (word lists) or characters"
     )
@@ -149,8 +162,12 @@ class DataConfig:
     )
     config: str | None = _key(None, "configuration of a hub data set that has several")
     revision: str | None = _key(None, "branch, tag or commit of the hub data set")
+    task: Task | None = _key(
+        None, "what is learnt of a text (null: that of a model that is trained already, else classification)"
+    )
     header: bool = _key(True, "the first line of a csv or tsv names the columns")
     quoted: bool | None = _key(None, "quotes in a csv or tsv enclose a field (null: csv yes, tsv no)")
+    strip_quotes: bool = _key(False, "take the quotes off texts that stand in quotes as a whole")
     label_map: dict[str, str] | None = _key(None, "label in the data: class name; merges, renames and orders classes")
     max_length: int = _key(128, "longest input in tokens", low=4)
     limit_train: int | None = _key(None, "use this many training examples", low=1)

@@ -160,6 +160,8 @@ class _Writer:
         self.counted = counted
         self.metadata = metadata
         self.counts: Counter[int] = Counter()
+        self.values: list[float] = []
+        self.units = 0
         self.gaps: list[float] = []
         self.failed: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
@@ -167,7 +169,13 @@ class _Writer:
 
     def add(self, rows: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]]) -> None:
         """Take a batch; write when a shard is full."""
-        self.counts.update(row[self.counted] for row in rows)
+        # A text may have several labels, a row for each.
+        units = {row["sample_id"]: row for row in rows}.values() if self.counted == "prediction" else rows
+        for row in units:
+            several = row.get("predictions")
+            self.counts.update([row[self.counted]] if several is None else several)
+            self.values += [row["value"]] if row.get("value") is not None else []
+        self.units += len(units)
         self.gaps += [row["completeness_gap"] for row in rows if row["completeness_gap"] is not None]
         self.failed += failures
         if self.out is None:
@@ -204,9 +212,13 @@ def _report(writer: _Writer, request: Request, job: _Job) -> None:
     if len(writer.failed) > 5:
         print(f"calig: ... and {len(writer.failed) - 5} more", file=sys.stderr)
     if request.out is not None:
-        count = writer.counts.total()
+        count = writer.units
         parts = [f"{count:,} {job.unit}{'' if count == 1 else 's'} explained by {request.method}"]
-        parts += [f"{job.name(i)} {n:,}" for i, n in writer.counts.most_common(5)]
+        if writer.values:
+            mean = sum(writer.values) / len(writer.values)
+            parts.append(f"{job.name(0)} {min(writer.values):.3g} to {max(writer.values):.3g}, mean {mean:.3g}")
+        else:
+            parts += [f"{job.name(i)} {n:,}" for i, n in writer.counts.most_common(5)]
         if writer.gaps:
             parts.append(f"completeness gap {sum(writer.gaps) / len(writer.gaps):.1%}, worst {max(writer.gaps):.1%}")
         where = f" → {Path(request.out) / 'explanations'}" if count else ""

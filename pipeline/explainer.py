@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from calig.pipeline.attribution import Attribution, ExplainableModel, UnsupportedModelError, attribute
 from calig.pipeline.attribution.methods import create_method, method_class, takes_option
-from calig.pipeline.attribution.objective import resolve_target
 from calig.pipeline.batch_facts import BatchFacts
 from calig.pipeline.costs import measured
 from calig.pipeline.errors import InputError
+from calig.pipeline.heads import Head
 from calig.pipeline.loading import batch_rationale
 from calig.pipeline.metrics import (
     MetricError,
@@ -43,7 +43,7 @@ class ExplainSettings:
 
     Attributes:
         methods: Method name -> its options, in order; the first is the primary one.
-        target: `predicted`, `label` or a class index.
+        target: `predicted`, `label` or a class index; of several labels per text, each that is predicted or given.
         operators: Perturbation operators of the faithfulness metrics; none leaves these metrics out.
         metrics: Of `calig.pipeline.metrics.names.METRICS`.
         only: Metric, operator or method -> the ids of the samples that it is used on; all where it has no entry.
@@ -173,7 +173,7 @@ class Explainer:
         Args:
             batch: The model's inputs, each (B, T), and what stands beside them: `sample_id` (B,); `labels` (B,),
                 `special_tokens_mask`, `word_ids` (-1 on special tokens), `rationale` (-1 on special tokens; each
-                (B, T)) and `rationale_missed` (B,) where known.
+                (B, T)) and `rationale_missed` (B,) where known; of pairs `segment` (B, T).
 
         A batch that does not fit into memory is halved until it does; a sample that does not fit alone is a failure.
 
@@ -213,8 +213,16 @@ class Explainer:
             broken = ~logits.isfinite().all(dim=1).cpu()
             if broken.any():
                 return self._without(batch, ids, broken)
-            target = resolve_target(self.settings.target, logits, batch.get("labels"))
-            results: dict[str, Attribution] = {}
+            head = Head.of(self.model.module, logits.shape[1])
+            chosen_targets = head.targets(self.settings.target, logits, batch.get("labels"))
+            counts = [len(some) for some in chosen_targets]
+            if len(set(counts)) > 1:  # texts with as many labels share their forward passes
+                for count in sorted(set(counts)):
+                    some = torch.tensor([i for i, own in enumerate(counts) if own == count])
+                    rows.extend(self._explain(take_rows(batch, some, len(ids))))
+                return rows
+            target = torch.tensor(chosen_targets, device=logits.device)  # (B, K)
+            results: dict[str, list[Attribution]] = {}
             costs: dict[str, dict[str, float]] = {}
             # A method that fails on this batch alone would be averaged over other samples than the rest.
             comparable = True
@@ -241,27 +249,47 @@ class Explainer:
                         raise
                     self._fail(rows, ids, name, f"{type(error).__name__}: {error}")
                     continue
-                assert isinstance(result, Attribution)  # one target per example
-                costs[name] = {"seconds": cost.seconds / len(ids)}
+                assert isinstance(result, list)  # K targets per example
+                costs[name] = {"seconds": cost.seconds / target.numel()}
                 if one_pass.work:
                     # Of the batch without its padding: methods cut it away, and lengths would count twice.
-                    costs[name]["passes"] = cost.work / (one_pass.work * float(inputs.mask.float().mean()))
+                    whole = one_pass.work * float(inputs.mask.float().mean())
+                    costs[name]["passes"] = cost.work / (whole * target.shape[1])
                 if cost.peak_memory is not None:
                     costs[name]["peak_memory"] = cost.peak_memory
                 results[name] = result
+        mask, logits = inputs.mask.cpu(), logits.detach().float().cpu()
+        for k, of_target in enumerate(target.cpu().unbind(1)):
+            facts = BatchFacts(batch, mask, logits, of_target, ids, head)
+            found = self._rows(facts, {name: own[k] for name, own in results.items()}, costs if comparable else None)
+            if k:
+                found.flows = []  # the same for every target
+            rows.extend(found)
+        return rows
+
+    def _rows(
+        self,
+        facts: BatchFacts,
+        results: Mapping[str, Attribution],
+        costs: Mapping[str, Mapping[str, float]] | None,
+    ) -> Explained:
+        """The rows of one target per example; without costs nothing is measured."""
+        rows, ids = Explained(), facts.ids
         bad = {name: result.non_finite() for name, result in results.items()}
         for name, flags in bad.items():
             self._fail(rows, [ids[i] for i in flags.nonzero().flatten().tolist()], name, "a score is not finite")
-        facts = BatchFacts(batch, inputs.mask.cpu(), logits.detach().float().cpu(), target.cpu(), ids)
         for name, result in results.items():
             good = (~bad[name]).nonzero().flatten().tolist()
             rows.explanations += [self._explanation(facts, result, i) for i in good]
-            rows.flows += [row for i in good if (row := self._flow(facts, result, i)) is not None]
-        if comparable:
+            rows.flows += [row for i in good if (row := facts.flow_row(result, i, self.settings.flows)) is not None]
+        if costs is not None:
             with self.model.session():  # in the precision that the explanations are made in
                 self._measure(rows, facts, results, bad, costs)
             before = self.settings.measured
             rows.metrics = [row for row in rows.metrics if row["control"] != "random" or row["sample_id"] not in before]
+        if facts.head.task == "multi_label":
+            targets = dict(zip(ids, facts.target.tolist(), strict=True))
+            rows.metrics = [row | {"target": targets[row["sample_id"]]} for row in rows.metrics]
         return rows
 
     def _fails_on_each(self, batch: Mapping[str, Any], name: str, target: Tensor, error: Exception) -> bool:
@@ -310,32 +338,14 @@ class Explainer:
             "word_ids": facts.word_ids(i, result.special[i]),
             "scores": result.scores[i, real].tolist(),
             "layer_scores": None if layers is None else layers[i][:, real].tolist(),
-            "label": facts.label(i),
-            "prediction": int(facts.logits[i].argmax()),
-            "target": int(result.target[i]),
-            "probability": float(facts.logits[i].softmax(-1)[int(result.target[i])]),
+            **facts.decision(i),
             "method": result.method,
             "completeness_gap": None if gap is None else float(gap[i].max()),
             "steps_used": int(result.steps_used[i]),
             "error_bound": None if bound is None else float(bound[i].max()),
             "converged": bool(result.converged[i]),
             "rationale": facts.token_rationale(i),
-        }
-
-    def _flow(self, facts: BatchFacts, result: Attribution, i: int) -> dict[str, Any] | None:
-        """What is kept of the flow of an example, None where there is nothing to keep."""
-        kept = result.flow is not None and facts.ids[i] in self.settings.flows
-        agreement = (result.parts or {}).get("agreement")
-        if result.flow is None or not (kept or agreement is not None):
-            return None
-        real = facts.mask[i]
-        layers = result.options.get("layers") or list(range(result.flow.shape[1]))
-        return {
-            "sample_id": facts.ids[i],
-            "method": result.method,
-            "layers": layers,
-            "flow": result.flow[i][:, real][:, :, real].tolist() if kept else None,
-            "agreement": None if agreement is None else agreement[i].tolist(),
+            "segment": facts.segment(i),
         }
 
     def token_texts(self, ids: Tensor) -> list[str]:
@@ -381,8 +391,9 @@ class Explainer:
         # The method `random` is the metrics' own control and is measured as such.
         scores = {name: result.scores[usable] for name, result in results.items() if name != "random"}
         ids = [facts.ids[i] for i in usable]
-        one_output = facts.logits.shape[1] == 1
+        one_output = facts.head.task == "regression"
         spaces = ("logit",) if one_output else SPACES
+        classes = facts.true_classes()
         for (metrics, operators), group in self._groups(facts, usable).items():
             if one_output:  # no class to be right about, and a softmax that is always 1
                 metrics = tuple(name for name in metrics if name in OF_ONE_OUTPUT)
@@ -404,7 +415,9 @@ class Explainer:
                 operators=operators,
                 metrics=metrics,
                 spaces=spaces,
-                labels=facts.batch["labels"][index].cpu() if "labels" in facts.batch else None,
+                labels=None if classes is None else classes[group],
+                scale=facts.head.scale or "softmax",
+                threshold=facts.head.threshold,
                 perturbation_target=self.settings.perturbation_target,
                 seed=self.settings.seed,
             )

@@ -13,6 +13,7 @@ from calig.pipeline.errors import InputError, unknown
 from calig.pipeline.explanation import Explanation
 from calig.pipeline.opening import Opened, open_source
 from calig.pipeline.perturbation import CURVE_METRICS, perturbation_curves
+from calig.pipeline.records import explained_key
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +43,7 @@ def explain(
         source: A run directory, a Hugging Face folder, a Lightning checkpoint of a calig run, or a live model.
         texts: The texts.
         method: One of `available_methods()`.
-        target: The class to explain: "predicted", the name of a class, or its index.
+        target: The class (or label) to explain: "predicted", its name, or its index.
         batch_size: Texts at a time; changes the speed only.
         text_pairs: The second text of each, for a model of pairs.
         tokenizer: Needed with a live model.
@@ -52,7 +53,8 @@ def explain(
             explained with; for what is not of a run, the method's defaults with `steps="auto"`.
 
     Returns:
-        One explanation per text, in their order.
+        One explanation per text, in their order; of a model of several labels one for each label that is predicted (the
+        most probable one where none is), one after the other.
 
     Raises:
         InputError: No or an empty text, an unknown method, option or target, a source that cannot be opened.
@@ -94,8 +96,7 @@ def curve_operator(opened: Opened) -> str:
 
 def _with_curves(explained: Explained) -> Iterator[dict[str, Any]]:
     for row in explained.explanations:
-        number = row["sample_id"]
-        found = perturbation_curves(explained.metrics, {number: row["probability"]})
+        found = perturbation_curves(explained.metrics, {explained_key(row): row["probability"]})
         yield {**row, "curves": {control: curves for (_, control), curves in found.items()}}
 
 

@@ -17,6 +17,7 @@ from calig.pipeline.errors import InputError
 from calig.pipeline.loading import rationale_by_word
 from calig.pipeline.perturbation import KEPT, REMOVED, Curves
 from calig.pipeline.render.color import OPPOSES, SUPPORTS, abs_scale, hex_color
+from calig.pipeline.render.decisions import Decision, class_name
 from calig.pipeline.render.pieces import Word, join_pieces, merge_pieces
 from calig.pipeline.render.tokens import token_html, token_text
 
@@ -36,9 +37,9 @@ class Explanation:
         tokens: (T,) as the tokenizer spells them, special tokens included.
         scores: (T,) signed relevance; positive supports the target.
         method: The attribution method.
-        prediction: The predicted class.
-        target: The class that is explained.
-        probability: The model's probability of the target.
+        prediction: The predicted class: the largest output.
+        target: The class that is explained; one of several labels; 0 of a regression.
+        probability: The model's probability of the target; None of a regression.
         sample_id: Row index in the data; in `explain`, position in `texts`.
         word_ids: (T,) the word of each token, None on special tokens.
         layer_scores: (L, T), blocks 1 to L; None for methods that see one layer only.
@@ -51,6 +52,11 @@ class Explanation:
         curves: `none` (the method's own ranking) and the controls `reversed` and `random` -> perturbation curves
             (`calig.pipeline.perturbation`); None where they were not measured.
         label_names: Class names in the order of their indices; without them classes are shown as numbers.
+        segment: (T,) 0 on the first text of a pair and 1 on the second, None on special tokens; None of single texts.
+        predictions: The labels that are predicted, where a text may have several.
+        labels: The labels that are given, where a text may have several and they are known.
+        value: The output of a regression.
+        label_value: The true number, where known.
     """
 
     tokens: tuple[str, ...]
@@ -58,7 +64,7 @@ class Explanation:
     method: str
     prediction: int
     target: int
-    probability: float
+    probability: float | None
     sample_id: int = 0
     word_ids: tuple[int | None, ...] | None = None
     layer_scores: tuple[tuple[float, ...], ...] | None = None
@@ -70,6 +76,11 @@ class Explanation:
     converged: bool = True
     curves: Mapping[str, Curves] | None = None
     label_names: tuple[str, ...] = ()
+    segment: tuple[int | None, ...] | None = None
+    predictions: tuple[int, ...] | None = None
+    labels: tuple[int, ...] | None = None
+    value: float | None = None
+    label_value: float | None = None
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], label_names: Sequence[str] = ()) -> Explanation:
@@ -77,7 +88,10 @@ class Explanation:
         layers = row.get("layer_scores")
         word_ids, rationale = row.get("word_ids"), row.get("rationale")
         names = ("method", "prediction", "target", "probability", "sample_id", "label")
-        more = ("completeness_gap", "error_bound", "steps_used", "converged", "curves")
+        more = ("completeness_gap", "error_bound", "steps_used", "converged", "curves", "value", "label_value")
+        lists: dict[str, Any] = {
+            name: tuple(row[name]) for name in ("segment", "predictions", "labels") if row.get(name) is not None
+        }
         return cls(
             tokens=tuple(row["tokens"]),
             scores=tuple(row["scores"]),
@@ -85,6 +99,7 @@ class Explanation:
             layer_scores=None if layers is None else tuple(tuple(layer) for layer in layers),
             rationale=None if rationale is None else tuple(rationale),
             label_names=tuple(label_names),
+            **lists,
             **{name: row[name] for name in (*names, *more) if name in row},
         )
 
@@ -127,12 +142,7 @@ class Explanation:
 
     def summary(self) -> str:
         """One line: the decision, the method, and how far the explanation can be trusted."""
-        parts = [f"{self.target_name} {self.probability:.3f}"]
-        if self.target != self.prediction:
-            parts.append(f"predicted {self.prediction_name}")
-        if self.label is not None and self.label >= 0:
-            parts.append(f"label {self._name(self.label)}")
-        return " · ".join([*parts, *self._trust()])
+        return " · ".join([*Decision.of(vars(self)).parts(self.label_names), *self._trust()])
 
     def _trust(self) -> list[str]:
         """The method, and how far its explanation can be trusted."""
@@ -212,12 +222,14 @@ class Explanation:
             rationale=self._word_rationale(),
             title=self.summary(),
             legend=True,
+            segment=self.segment,
         )
         profile = self.layer_profile
         return text if not profile else f"<div>{text}{_profile_html(profile)}</div>"
 
     def __rich__(self) -> Group:
-        tokens = token_text(self.tokens, self.scores, word_ids=self.word_ids, rationale=self._word_rationale())
+        rationale = self._word_rationale()
+        tokens = token_text(self.tokens, self.scores, word_ids=self.word_ids, rationale=rationale, segment=self.segment)
         lines = [Text(self.summary(), style="bold"), tokens, *self._numbers()]
         for line in lines:
             line.plain = _CONTROL.sub("�", line.plain)  # of the same length, so the styles stay where they are
@@ -255,7 +267,7 @@ class Explanation:
         return self.layer_scores
 
     def _name(self, index: int) -> str:
-        return self.label_names[index] if 0 <= index < len(self.label_names) else f"class {index}"
+        return class_name(index, self.label_names)
 
     def _word_rationale(self) -> list[int] | None:
         if self.rationale is None or self.word_ids is None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from calig.pipeline.errors import InputError
 from calig.pipeline.perturbation import CURVE_METRICS, Curves, perturbation_curves
-from calig.pipeline.records import read_bins, read_rows, read_scalars, shards, table_metadata
+from calig.pipeline.records import explained_key, read_bins, read_rows, read_scalars, shards, table_metadata
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,8 +45,8 @@ def learning_curves(run: str | Path) -> dict[str, list[tuple[float, float]]]:
 
 def mean_curves(run: str | Path) -> dict[tuple[str, str], Curves]:
     """The perturbation curves of a run, averaged over all its samples: (method, control) -> curves."""
-    rows = read_rows(Path(run) / "explanations", columns=["sample_id", "probability"])
-    probabilities = {row["sample_id"]: row["probability"] for row in rows}
+    rows = read_rows(Path(run) / "explanations", columns=["sample_id", "target", "probability", "predictions"])
+    probabilities = {explained_key(row): row["probability"] for row in rows}
     return perturbation_curves(read_bins(Path(run) / "metrics", list(CURVE_METRICS)), probabilities)
 
 

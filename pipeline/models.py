@@ -19,6 +19,7 @@ from transformers import (
 
 from calig.datamodules.image_processor import FILE as PROCESSOR_FILE
 from calig.datamodules.image_processor import ImageProcessor
+from calig.datamodules.tokenization import longest_input
 from calig.pipeline.adapters import (
     add_adapters,
     base_name,
@@ -36,6 +37,7 @@ from calig.pipeline.image_models import (
     image_classifier,
     image_classifier_from_scratch,
 )
+from calig.pipeline.tasks import PROBLEM_TYPES, Task
 
 __all__ = [
     "class_names",
@@ -110,32 +112,35 @@ def load_model(
     *,
     need_head: bool = False,
     processor: ImageProcessor | None = None,
+    task: Task = "classification",
 ) -> PreTrainedModel:
-    """The classifier, in float32, with as many outputs as there are label names.
+    """The model, in float32, with as many outputs as there are label names.
 
     `model.checkpoint` wins over `model.name`, which wins over `model.scratch`; an adapter folder is merged into its
     base model. What only concerns training is added by `prepare_training`.
 
     Args:
         config: The `model` section.
-        label_names: Class names, kept in the model's config.
+        label_names: Class names (the one of a regression is that of the number), kept in the model's config.
         tokenizer: Decides the vocabulary and the pad token of a model from scratch, and the pad token elsewhere.
         need_head: Raise if the classification head would be a fresh one: for runs that do not train.
         processor: Of a classifier of images, whose size it decides where the model is made from scratch.
+        task: What the outputs mean; kept in the model's config, with `model.threshold` where there are labels.
 
     Raises:
         InputError: The model or the checkpoint cannot be loaded; the message names it.
     """
-    if len(label_names) < 2:
+    if task == "classification" and len(label_names) < 2:
         raise InputError(
-            f"a classifier needs two classes, got {list(label_names)}; regression (one output) is not supported."
+            f"a classifier needs two classes, got {list(label_names)}. One output is data.task=regression, or "
+            "data.task=multi_label with one label."
         )
     labels: dict[str, Any] = {
         "num_labels": len(label_names),
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: index for index, name in enumerate(label_names)},
         # A folder may carry that of another task; the loss of a model is chosen by it.
-        "problem_type": "single_label_classification",
+        "problem_type": PROBLEM_TYPES[task],
     }
     folder = _folder(config.checkpoint)
     if folder is not None:
@@ -151,6 +156,8 @@ def load_model(
         model = image_classifier_from_scratch(config.scratch, labels, processor)
     else:
         model = _from_scratch(config, labels, tokenizer)
+    if task == "multi_label" and config.threshold is not None:
+        model.config.label_threshold = config.threshold
     if processor is not None:
         check_image_size(model, processor)
     elif model.config.pad_token_id is None:
@@ -346,6 +353,10 @@ def _from_scratch(config: ModelConfig, labels: dict[str, Any], tokenizer: Any) -
         if hasattr(blank, "num_key_value_heads"):
             own |= {"num_key_value_heads": scratch.heads, "head_dim": scratch.width // scratch.heads}
         made = AutoConfig.for_model(scratch.type, **shape, **own, **special, **labels)
+        # Some families count positions from behind the pad id: what they take is to be what was asked for.
+        longest = longest_input(made)
+        if longest is not None and longest < scratch.max_positions:
+            made.max_position_embeddings += scratch.max_positions - longest
         return AutoModelForSequenceClassification.from_config(made, dtype=torch.float32)
     except (ValueError, KeyError) as error:
         raise InputError(f"model.scratch.type={scratch.type} cannot be made: {first_line(error)}") from error

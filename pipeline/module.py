@@ -1,4 +1,4 @@
-"""The one LightningModule: a Hugging Face classifier with its optimiser and its accuracy."""
+"""The one LightningModule: a Hugging Face model for texts with its optimiser and what is measured of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import get_scheduler
 
 from calig.pipeline.adapters import adapter_settings
@@ -20,6 +19,8 @@ from calig.pipeline.attribution.model import forward_inputs
 from calig.pipeline.checkpoint import ADAPTER_KEY
 from calig.pipeline.config import ModelConfig
 from calig.pipeline.errors import InputError
+from calig.pipeline.task_metrics import measured_pair, task_loss, task_metrics
+from calig.pipeline.tasks import THRESHOLD, Task
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class LossSettings:
     """Cross entropy beside the model's own.
 
     Attributes:
-        class_weights: One per class; a batch's loss is the mean weighted by them. None weighs all alike.
+        class_weights: One per class; a batch's loss is the mean weighted by them. Of several labels per text, one per
+            label, of its positives. None weighs all alike.
         label_smoothing: Share of the target that is spread over all classes.
     """
 
@@ -61,30 +63,47 @@ class LossSettings:
 
 
 def loss_settings(
-    config: ModelConfig, label_names: Sequence[str], train_labels: Callable[[], Iterable[int]]
+    config: ModelConfig,
+    label_names: Sequence[str],
+    train_labels: Callable[[], Iterable[Any]],
+    task: Task = "classification",
 ) -> LossSettings:
     """The loss that the `model` section asks for.
 
     Args:
         config: The section.
         label_names: The C class names.
-        train_labels: The class indices of the training split; asked only for `balanced`, whose weights are
-            n / (C * count), so that they average 1 over the examples.
+        train_labels: The labels of the training split; asked only for `balanced`, whose weights are n / (C * count),
+            so that they average 1 over the examples; of several labels per text the negatives over the positives.
+        task: What the labels are.
 
     Raises:
         InputError: The weights are not C positive numbers, or a class has no example to be balanced by.
     """
     given, classes = config.class_weights, len(label_names)
+    if task == "regression" and given is not None:
+        raise InputError(f"model.class_weights={given}: a regression has no classes. Leave it out.")
     if given is None:
         return LossSettings(None, config.label_smoothing)
     if given == "balanced":
-        counts = Counter(int(label) for label in train_labels())
+        labels = list(train_labels())
+        several = task == "multi_label"
+        counts = Counter(
+            index
+            for label in labels
+            for index in ([i for i, value in enumerate(label) if value] if several else [int(label)])
+        )
         absent = [name for index, name in enumerate(label_names) if not counts[index]]
         if absent:
             raise InputError(
                 f"model.class_weights=balanced: the training split has no example of {', '.join(absent)}. "
                 "Merge classes with data.label_map, or give the weights as a list."
             )
+        if several:
+            negatives = [len(labels) - counts[index] for index in range(classes)]
+            # A label that every text has would weigh nothing.
+            weights = [max(1, negative) / counts[index] for index, negative in enumerate(negatives)]
+            return LossSettings(tuple(weights), config.label_smoothing)
         return LossSettings(
             tuple(counts.total() / (classes * counts[index]) for index in range(classes)), config.label_smoothing
         )
@@ -99,9 +118,10 @@ def loss_settings(
 
 
 class ClassificationModule(LightningModule):
-    """Fine-tunes a sequence classifier.
+    """Fine-tunes a model that reads a text: a classifier, one of several labels, or a regression.
 
-    Logs `train/loss`, `val/loss`, `val/accuracy`, `val/f1` (macro), and the same for `test`.
+    Logs `train/loss`, `val/loss` and what `task_metrics` lists (of a classifier `val/accuracy` and `val/f1`, the macro
+    average), and the same for `test`.
 
     Args:
         model: Takes a batch's inputs and `labels`, returns `loss` and `logits` (B, C); plain, or as
@@ -109,6 +129,8 @@ class ClassificationModule(LightningModule):
         label_names: The C class names.
         optimizer: Settings of the optimiser.
         loss: Settings of the loss, of training and evaluation alike; None takes the model's own.
+        task: What the model is trained to say.
+        threshold: The probability from which a label of several is predicted.
     """
 
     class_weights: Tensor | None
@@ -119,22 +141,19 @@ class ClassificationModule(LightningModule):
         label_names: Sequence[str],
         optimizer: OptimizerSettings | None = None,
         loss: LossSettings | None = None,
+        task: Task = "classification",
+        threshold: float = THRESHOLD,
     ) -> None:
         super().__init__()
         self.model = model
+        self.task = task
         self.loss_settings = loss or LossSettings()
         weights = self.loss_settings.class_weights
         # Moves with the module, but is a setting and no weight: checkpoints hold the model alone.
         self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
         self.label_names = list(label_names)
         self.optimizer_settings = optimizer or OptimizerSettings()
-        classes = max(2, len(self.label_names))
-        metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(classes, average="micro"),
-                "f1": MulticlassF1Score(classes, average="macro"),
-            }
-        )
+        metrics = task_metrics(task, len(self.label_names), threshold)
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
         # Lightning's own mean over processes divides the number of rows by that of processes, and rounds. A NaN stays.
@@ -148,11 +167,8 @@ class ClassificationModule(LightningModule):
         if self.loss_settings.is_plain:
             return self.model(**inputs, labels=batch["labels"])
         output = self.model(**inputs)
-        output["loss"] = nn.functional.cross_entropy(
-            output.logits.float(),
-            batch["labels"],
-            weight=self.class_weights,
-            label_smoothing=self.loss_settings.label_smoothing,
+        output["loss"] = task_loss(
+            self.task, output.logits, batch["labels"], self.class_weights, self.loss_settings.label_smoothing
         )
         return output
 
@@ -169,11 +185,11 @@ class ClassificationModule(LightningModule):
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Loss, accuracy and F1."""
+        """The loss and what the task measures."""
         self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Loss, accuracy and F1."""
+        """The loss and what the task measures."""
         self._evaluate(batch, "test", self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -181,7 +197,7 @@ class ClassificationModule(LightningModule):
 
     def _evaluate(self, batch: Mapping[str, Any], split: str, metrics: MetricCollection, mean: MeanMetric) -> None:
         output = self(batch)
-        metrics.update(output.logits.float(), batch["labels"])
+        metrics.update(*measured_pair(self.task, output.logits, batch["labels"]))
         size = len(batch["labels"])
         mean.update(output.loss.expand(size))  # once per row: with "disable", torchmetrics ignores weights
         self.log(f"{split}/loss", mean, batch_size=size)

@@ -80,7 +80,8 @@ class NextTokenExplanation(Explanation):
         return self.token_names.get(index, f"token {index}")
 
 
-def _share(probability: float) -> str:
+def _share(probability: float | None) -> str:
+    assert probability is not None  # a next token always has one
     # Of fifty thousand tokens most have next to nothing.
     return f"{probability:.3f}" if probability >= 0.0005 else f"{probability:.0e}"
 

@@ -185,16 +185,18 @@ def _open_checkpoint(path: Path, tokenizer: Any) -> Opened:
         from calig.datamodules.text import TextDataModule
 
         config = load(run, check=False)
+        task = config.data.task or "classification"
         data = TextDataModule(
             config.data,
             tokenizer or load_tokenizer(config.model),
             vocab_size=config.model.scratch.vocab_size,
             train_kind=config.model.scratch.tokenizer,
             seed=config.seed,
+            task=task,
         )
         data.setup()
         tokenizer = data.tokenizer
-        model = load_model(config.model, data.label_names, tokenizer)
+        model = load_model(config.model, data.label_names, tokenizer, task=task)
     try:
         load_checkpoint(model, str(path))
     except InputError as error:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from calig.pipeline.records import measured_key
+
 REMOVED, KEPT = "removed", "kept"
 CURVE_METRICS = {"comprehensiveness": REMOVED, "sufficiency": KEPT}
 
@@ -17,13 +19,14 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 def perturbation_curves(
-    rows: Iterable[Mapping[str, Any]], probabilities: Mapping[int, float]
+    rows: Iterable[Mapping[str, Any]], probabilities: Mapping[Any, float | None]
 ) -> dict[tuple[str, str], Curves]:
     """Average the curves of some samples; of one sample, they are its own.
 
     Args:
         rows: Metric rows (`METRIC_SCHEMA`) of any metrics. Of several operators `mask` is taken, else the first.
-        probabilities: Sample id -> probability of the explained class for the whole input; other samples are left out.
+        probabilities: Sample (`explained_key`: its id, or id and label) -> probability of what is explained for the
+            whole input; other samples are left out.
 
     Returns:
         (method, control) -> curves. `removed` starts with the whole input at share 0.
@@ -36,7 +39,7 @@ def perturbation_curves(
     """
     values: dict[str, dict[tuple[str, str], dict[str, dict[float, list[float]]]]] = {}
     for row in rows:
-        kind, q, whole = CURVE_METRICS.get(row["metric"]), row["q"], probabilities.get(row["sample_id"])
+        kind, q, whole = CURVE_METRICS.get(row["metric"]), row["q"], probabilities.get(measured_key(row))
         if kind is None or q is None or whole is None or row["space"] != "probability" or row["value"] is None:
             continue
         lines = values.setdefault(row["operator"], {}).setdefault((row["method"], row["control"]), {})

@@ -37,10 +37,18 @@ EXPLANATION_SCHEMA = pa.schema(
         ("error_bound", pa.float32()),
         ("converged", pa.bool_()),
         ("rationale", pa.list_(pa.int8())),
+        ("segment", pa.list_(pa.int8())),
+        ("predictions", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("value", pa.float32()),
+        ("label_value", pa.float32()),
     ]
 )
-"""One row per sample, method and target: `tokens`, `word_ids`, `scores` and `rationale` run over the real tokens (word
-ids are null on special ones), `layer_scores` over the blocks 1..L; what a method does not have is null."""
+"""One row per sample, method and target: `tokens`, `word_ids`, `scores`, `rationale` and `segment` run over the real
+tokens (word ids and segments are null on special ones; a segment is 0 on the first text of a pair and 1 on the second),
+`layer_scores` over the blocks 1..L; what a method does not have is null. `prediction` is the largest output. Of several
+labels per text, `predictions` and `labels` are those that are predicted and given, and `label` is null; of a regression
+`value` is the output and `label_value` the true number, and `probability` is null."""
 
 METRIC_SCHEMA = pa.schema(
     [
@@ -52,9 +60,11 @@ METRIC_SCHEMA = pa.schema(
         ("space", pa.string()),
         ("q", pa.float64()),
         ("value", pa.float64()),
+        ("target", pa.int32()),
     ]
 )
-"""Long form; `control` is none, random or reversed, `q` the bin or null for a number without bins or their mean."""
+"""Long form; `control` is none, random or reversed, `q` the bin or null for a number without bins or their mean;
+`target` is the label that is explained where a text may have several, else null."""
 
 FLOW_SCHEMA = pa.schema(
     [
@@ -68,6 +78,20 @@ FLOW_SCHEMA = pa.schema(
 """One row per sample and method that knows a flow from token to token: `layers` counts the blocks from 0, `flow` is by
 block, source and target over the real tokens, or null where it is not kept; `agreement`, or null, is by block,
 configuration and measure (`calig.pipeline.attribution.agreement`)."""
+
+
+SampleKey = int | tuple[int, int]
+"""Tells what is explained apart: the sample, or the sample and the label where a text may have several."""
+
+
+def explained_key(row: Mapping[str, Any]) -> SampleKey:
+    """Of an explanation row."""
+    return row["sample_id"] if row.get("predictions") is None else (row["sample_id"], row["target"])
+
+
+def measured_key(row: Mapping[str, Any]) -> SampleKey:
+    """Of a metric row."""
+    return row["sample_id"] if row.get("target") is None else (row["sample_id"], row["target"])
 
 
 class Digest(NamedTuple):
@@ -212,7 +236,9 @@ def _shard_batches(path: Path, columns: list[str] | None) -> Iterator[pa.RecordB
     table_metadata(path)
     # ParquetFile, because a dataset reader would make columns of `key=value` in the folder's own path.
     with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(_ROWS, columns=columns)
+        # A column that came later is not there in what an older version wrote.
+        known = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+        yield from file.iter_batches(_ROWS, columns=known)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from calig.pipeline.directory import RunDirectory, is_main_process, open_directo
 from calig.pipeline.errors import InputError
 from calig.pipeline.loggers import finish_loggers, logged_rows, make_loggers
 from calig.pipeline.signals import REQUEUE, Stopped, StopSignals, let_parent_end, requeue
+from calig.pipeline.tasks import Task, task_of, threshold_of
 from calig.pipeline.wandb_run import add_summary, log_artifacts
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _FIRST = "CALIG_FIRST_PROCESS"
 PRETRAINED = "pretrained"
 """The folder of a run directory that keeps what the stage pretrain has trained."""
+HEADLINES = ("accuracy", "f1", "f1_micro", "pearson", "spearman", "rmse")
+"""What is read first of a model, as far as its task has it."""
 
 
 @dataclass
@@ -92,12 +95,13 @@ class RunContext:
             config.data,
             tokenizer,
             vocab_size=config.model.scratch.vocab_size,
-            train_kind=config.model.scratch.tokenizer,
             seed=config.seed,
             label_names=names,
             require_labels=self.trains or "test" in config.stages,
             split=self._split_in_use,
             max_positions=config.model.scratch.max_positions if known is None else longest_input(known),
+            task=self.task,
+            train_kind=config.model.scratch.tokenizer,
         )
 
     @property
@@ -130,6 +134,18 @@ class RunContext:
     def trains(self) -> bool:
         """Whether this run trains its model, or has trained it."""
         return bool({"pretrain", "fit"} & {*self.config.stages, *self.directory.finished})
+
+    @cached_property
+    def task(self) -> Task:
+        """What the model says of a text: as configured, else as a model that is trained already says itself."""
+        if self.config.data.task is not None:
+            return self.config.data.task
+        if self.trains:
+            return "classification"
+        from calig.pipeline.models import saved_config
+
+        known = saved_config(self.model_config)
+        return "classification" if known is None else task_of(known)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -167,17 +183,23 @@ class RunContext:
         # Weights must not depend on what the data has drawn before.
         seed_everything(self.config.seed, workers=True, verbose=False)
         model = load_model(
-            self.model_config, data.label_names, data.tokenizer, need_head=not self.trains, processor=data.processor
+            self.model_config,
+            data.label_names,
+            data.tokenizer,
+            need_head=not self.trains,
+            processor=data.processor,
+            task=self.task,
         )
         optimizer = OptimizerSettings(config.lr, config.weight_decay, config.warmup, config.schedule)
         size = sum(parameter.numel() for parameter in model.parameters())
         kind = config.name or f"{config.scratch.type} from scratch"
-        self.console.say(f"model    {kind} · {size / 1e6:.1f} M parameters · {len(data.label_names)} classes")
+        outputs = {"classification": "classes", "multi_label": "labels", "regression": "output"}[self.task]
+        self.console.say(f"model    {kind} · {size / 1e6:.1f} M parameters · {len(data.label_names)} {outputs}")
         loss = None
         if "fit" in self.config.stages:
             rows = data.dataset("train").rows
-            loss = loss_settings(config, data.label_names, lambda: [row["labels"] for row in rows])
-        return ClassificationModule(model, data.label_names, optimizer, loss)
+            loss = loss_settings(config, data.label_names, lambda: [row["labels"] for row in rows], self.task)
+        return ClassificationModule(model, data.label_names, optimizer, loss, self.task, threshold_of(model.config))
 
     @cached_property
     def loggers(self) -> list[Logger]:
@@ -444,16 +466,19 @@ def _say_stopped(stop: Stopped, directory: RunDirectory, console: Console) -> No
 
 def headlines(directory: RunDirectory, config: Config) -> dict[str, str]:
     """What is read first: the model on the test split, and the primary method beside the random ranking."""
-    from calig.pipeline.render.labels import metric, number
+    from calig.pipeline.render.labels import ON_OUTPUT, metric, number
 
     summary, method = directory.summary, config.explain.methods[0]
     found = {}
     for split in ("test", "val"):
-        if f"{split}/accuracy" in summary:
-            for name in ("accuracy", "f1"):
-                found[f"{split} {name}"] = number(summary.get(f"{split}/{name}"), name)
+        measured = [name for name in HEADLINES if f"{split}/{name}" in summary]
+        for name in measured:
+            found[f"{split} {name}"] = number(summary.get(f"{split}/{name}"), name)
+        if measured:
             break
     for name in ("comprehensiveness", "sufficiency", "token_f1", "completeness_gap"):
+        if f"explain/{method}/{name}" not in summary:
+            name += ON_OUTPUT
         value, control = (summary.get(f"explain/{who}/{name}") for who in (method, "random"))
         if value is not None:
             beside = "" if control is None else f"random {number(control, name)}"

@@ -323,16 +323,41 @@ def _check_data(config: Config, origins: Origins) -> None:
             expected = f"null with {source}: it belongs to a data set of the hub"
             raise wrong(f"data.{key}", getattr(data, key), expected, origins)
     roles: dict[str, str] = {}
-    for role, column in vars(data.columns).items():
-        if column is not None and column in roles:
-            expected = f"another column than data.columns.{roles[column]}"
-            raise wrong(f"data.columns.{role}", column, expected, origins)
-        roles[column] = role
+    for role, given in vars(data.columns).items():
+        for column in given if isinstance(given, list) else [given]:
+            if column is not None and column in roles:
+                expected = f"another column than data.columns.{roles[column]}"
+                raise wrong(f"data.columns.{role}", column, expected, origins)
+            roles[column] = role
+    _check_task(config, origins)
     if data.val_fraction + data.test_fraction >= 1:
         expected = f"less than 1 together with data.test_fraction={data.test_fraction}"
         raise wrong("data.val_fraction", data.val_fraction, expected, origins)
     if data.label_map is not None and not data.label_map:
         raise wrong("data.label_map", {}, "at least one label, or null", origins)
+
+
+def _check_task(config: Config, origins: Origins) -> None:
+    """What belongs to one kind of labels only."""
+    data, model = config.data, config.model
+    if data.columns.indicators is not None:
+        if data.task != "multi_label":
+            expected = f"null with data.task={show(data.task)}: a column per label belongs to data.task=multi_label"
+            raise wrong("data.columns.indicators", data.columns.indicators, expected, origins)
+        if not data.columns.indicators:
+            raise wrong("data.columns.indicators", [], "at least one column, or null", origins)
+        if data.columns.label is not None:
+            expected = "null beside data.columns.indicators: either one column of lists, or a column per label"
+            raise wrong("data.columns.label", data.columns.label, expected, origins)
+    if data.name == "controlled" and data.task not in (None, "classification"):
+        raise wrong("data.task", data.task, "classification with data.name=controlled", origins)
+    if data.task in ("multi_label", "regression") and model.label_smoothing:
+        expected = f"0 with data.task={data.task}: it spreads one class over the others"
+        raise wrong("model.label_smoothing", model.label_smoothing, expected, origins)
+    if data.task == "regression":
+        for key, value in (("model.class_weights", model.class_weights), ("data.label_map", data.label_map)):
+            if value is not None:
+                raise wrong(key, value, "null with data.task=regression, which has no classes", origins)
 
 
 def _origin(key: str, origins: Origins) -> str:

@@ -21,15 +21,15 @@ KEYS = {
     "": "seed stages trainer",
     "run.": "dir name resume overwrite",
     "model.": "name checkpoint revision class_weights label_smoothing gradient_checkpointing compile "
-    "lr weight_decay warmup schedule early_stopping monitor",
+    "lr weight_decay warmup schedule early_stopping monitor threshold",
     "model.peft.": "r alpha dropout target_modules",
-    "model.scratch.": "type layers width heads intermediate vocab_size max_positions image_size patch_size "
+    "model.scratch.": "type layers width heads intermediate vocab_size tokenizer max_positions image_size patch_size "
     "dropout initializer_range",
-    "data.": "modality name path config revision header quoted label_map max_length limit_train "
+    "data.": "modality name path config revision task header quoted strip_quotes label_map max_length limit_train "
     "limit_val limit_test batch_size eval_batch_size num_workers val_fraction test_fraction annotations on_corrupt "
     "augment",
     "pretrain.": "epochs mask_ratio norm_pix_loss decoder_layers decoder_width decoder_heads lr weight_decay warmup",
-    "data.columns.": "text text_pair label rationale image mask boxes",
+    "data.columns.": "text text_pair label indicators rationale image mask boxes",
     "data.size.": "train val test",
     "explain.": "methods split num_samples batch_size batches_per_shard steps tolerance max_steps max_tokens_per_pass "
     "target operator metrics limits flows perturbation_target strict options",
@@ -353,7 +353,12 @@ ERRORS = {
         "bert_base, bert_base_lora",
     ),
     "no option": ("model=", "unknown model option ''", "tiny"),
-    "experiment": ("experiment=quick", "'quick'. Did you mean 'quickstart'?", "hatexplain, imdb_bert", "FILE.yaml"),
+    "experiment": (
+        "experiment=quick",
+        "'quick'. Did you mean 'quickstart'?",
+        "hatexplain, hatexplain_bert",
+        "FILE.yaml",
+    ),
     "debug": ("debug=limits", "unknown debug option 'limits'. Did you mean 'limit'?", "fast_dev_run"),
     "image key of texts": ("data.augment=flip", "data.augment=flip is for images: set data.modality=image"),
     "mistyped image key": ("data.augmnt=flip", "unknown key 'data.augmnt'. Did you mean 'data.augment'?"),

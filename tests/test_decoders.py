@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 
 from calig.datamodules.controlled import generate
 from calig.datamodules.examples import TextExample
-from calig.datamodules.tokenization import encode, train_byte_pairs
+from calig.datamodules.tokenization import encode
+from calig.datamodules.trained_tokenizers import train_tokenizer
 from calig.pipeline import explain, load_explanations
 from calig.pipeline.cli import main
 from calig.pipeline.config import ModelConfig, ScratchConfig
@@ -20,11 +21,11 @@ DECODERS = ["gpt2", "llama", "qwen2", "qwen3", "gemma", "mistral", "opt", "gpt_n
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_byte_pairs(TEXTS, 1000, 64)
+    return train_tokenizer("byte_bpe", TEXTS, 1000, 64)
 
 
 def test_byte_pairs_are_the_same_in_every_training_and_after_reloading(tokenizer, tmp_path):
-    again = train_byte_pairs(TEXTS, 1000, 64)
+    again = train_tokenizer("byte_bpe", TEXTS, 1000, 64)
     assert again.get_vocab() == tokenizer.get_vocab()
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -46,8 +47,8 @@ def test_byte_pairs_keep_words_whole_between_a_begin_and_an_end(tokenizer):
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_an_error():
-    with pytest.raises(InputError, match="vocab_size=200 is too small: a byte-level vocabulary holds at least 261"):
-        train_byte_pairs(TEXTS, 200)
+    with pytest.raises(InputError, match="vocab_size=200 is too small: .* at least 261 are needed"):
+        train_tokenizer("byte_bpe", TEXTS, 200)
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -75,7 +76,7 @@ def test_decoders_from_scratch_have_the_size_that_is_asked_for(family, tokenizer
 
 
 def test_special_ids_that_a_tokenizer_lacks_are_not_left_to_the_family(tokenizer):
-    bare = train_byte_pairs(TEXTS, 1000, 64)
+    bare = train_tokenizer("byte_bpe", TEXTS, 1000, 64)
     bare.bos_token = bare.eos_token = None
     model = load_model(ModelConfig(scratch=ScratchConfig(type="gpt2", width=24, heads=3)), ["no", "yes"], bare)
     assert model.config.eos_token_id is None and model.config.bos_token_id is None  # 50256 is no word of it

@@ -15,6 +15,7 @@ import yaml
 from test_resume_fit import SETTINGS
 
 from calig.pipeline.compose import compose
+from calig.pipeline.tasks import MONITORED
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 BATCH = sorted((SCRIPTS / "slurm").glob("*.sbatch"))
@@ -101,7 +102,7 @@ def test_the_sweep_of_weights_and_biases_names_keys_that_exist():
     assert line[:3] == ["exec", "calig", "run"] and "run.dir=runs/sweep/abc" in line
     config = compose(line[3:], check=False)
     assert config.model.lr == sweep["parameters"]["model.lr"]["min"]
-    assert sweep["metric"]["name"] == config.model.monitor
+    assert sweep["metric"]["name"] == (config.model.monitor or MONITORED["classification"])
 
 
 def sweep(*arguments):

@@ -22,6 +22,7 @@ from calig.pipeline.errors import InputError
 from calig.pipeline.explainer import NON_FINITE_OUTPUT, Explainer, ExplainSettings, SampleFailure
 from calig.pipeline.models import load_model, load_tokenizer, prepare_training
 from calig.pipeline.module import ClassificationModule, LossSettings, loss_settings
+from calig.pipeline.tasks import task_of, threshold_of
 
 SCRATCH = ScratchConfig(layers=2, width=16, heads=2, vocab_size=60, max_positions=32)
 
@@ -351,9 +352,17 @@ def test_a_checkpoint_of_another_number_of_classes(model, tokenizer, tmp_path):
         load_model(ModelConfig(checkpoint=str(tmp_path)), ["a", "b", "c"], tokenizer)
 
 
-def test_one_output_is_refused(tokenizer):
-    with pytest.raises(InputError, match=r"needs two classes, got \['score'\]; regression"):
+def test_one_output_is_no_classifier(tokenizer):
+    with pytest.raises(InputError, match=r"needs two classes, got \['score'\]. One output is data.task=regression"):
         load_model(ModelConfig(scratch=SCRATCH), ["score"], tokenizer)
+    model = load_model(ModelConfig(scratch=SCRATCH, threshold=0.3), ["score"], tokenizer, task="regression")
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression") and task_of(model.config) == (
+        "regression"
+    )
+    assert not hasattr(model.config, "label_threshold")
+    several = load_model(ModelConfig(scratch=SCRATCH, threshold=0.3), ["a", "b"], tokenizer, task="multi_label")
+    assert task_of(several.config) == "multi_label" and threshold_of(several.config) == 0.3
+    assert threshold_of(model.config) == 0.5
 
 
 def test_a_body_without_head_is_refused_where_nothing_trains_it(model, tokenizer, tmp_path):

@@ -21,7 +21,7 @@ from calig.pipeline.metrics.names import DEFAULT_METRICS, FAITHFULNESS_METRICS, 
 from calig.pipeline.metrics.operators import PerturbationTokens
 from calig.pipeline.metrics.perturbation import TOKEN_BUDGET, Forward, Request
 from calig.pipeline.metrics.ranking import count, random_rank, random_scores, rank, reverse
-from calig.pipeline.metrics.readings import SPACES, Readings, read_requests
+from calig.pipeline.metrics.readings import SPACES, Readings, Scale, read_requests
 from calig.pipeline.metrics.rows import MetricError, Row, make_row
 
 BINS = (0.01, 0.05, 0.1, 0.2, 0.5)  # ERASER's
@@ -104,6 +104,8 @@ def faithfulness_rows(
     labels: Tensor | None = None,
     seed: int = 0,
     token_budget: int = TOKEN_BUDGET,
+    scale: Scale = "softmax",
+    threshold: float = 0.5,
 ) -> list[Row]:
     """Measure several methods on one batch: rows per sample, method, control, metric, operator, space and share.
 
@@ -141,9 +143,12 @@ def faithfulness_rows(
         spaces: Of `probability`, `logit`.
         perturbation_target: What `positive_auc` and `negative_auc` compare the prediction with: the `prediction` for
             the whole input, or the `label`.
-        labels: (B,) classes, for the perturbation target `label`.
+        labels: (B,) classes, for the perturbation target `label`; with `sigmoid` 1 where the explained label is given.
         seed: Of the random control and of the draws of infidelity.
         token_budget: See `perturbed_logits`.
+        scale: What makes probabilities of logits: `softmax` over classes, or `sigmoid` of each label by itself; the
+            prediction is then whether the explained label reaches the threshold.
+        threshold: A probability, for `sigmoid`.
 
     Raises:
         InputError: Metrics, shapes, bins, operators, spaces, targets or labels that do not fit.
@@ -174,6 +179,8 @@ def faithfulness_rows(
             mask=mask,
             token_budget=token_budget,
             compared=any(space != "logit" for name, space in named if name != "infidelity"),
+            scale=scale,
+            threshold=threshold,
         )
         reference = readings.predicted[: len(present)] if labels is None else labels.cpu()[present]
 

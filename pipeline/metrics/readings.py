@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from calig.pipeline.metrics.operators import PerturbationTokens
 from calig.pipeline.metrics.perturbation import TOKEN_BUDGET, Forward, Request, distinct_logits
 
 SPACES = ("probability", "logit")
+Scale = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class Readings:
 
     Attributes:
         logit: (R,) float64, of the explained class.
-        log_probability: (R,) float64, of the explained class, from log-softmax.
-        predicted: (R,) int64, the class with the largest logit; -1 where the logits are not finite.
+        log_probability: (R,) float64, of the explained class, from log-softmax or log-sigmoid.
+        predicted: (R,) int64, the class with the largest logit, or of a label by itself 1 where it is predicted, else
+            0; -1 where the logits are not finite.
     """
 
     logit: Tensor
@@ -58,6 +61,8 @@ def read_requests(
     mask: Tensor,
     token_budget: int = TOKEN_BUDGET,
     compared: bool = False,
+    scale: Scale = "softmax",
+    threshold: float = 0.5,
 ) -> Readings:
     """Run requests through the planner and read the explained class.
 
@@ -71,7 +76,9 @@ def read_requests(
         special: (B, T) bool, special tokens.
         mask: (B, T) bool, real positions.
         token_budget: See `perturbed_logits`.
-        compared: Whether probabilities or predictions are wanted, which a model of one output has none of.
+        compared: Whether probabilities or predictions are wanted, which a softmax over one output has none of.
+        scale: What makes probabilities of logits.
+        threshold: Of `sigmoid`: the probability from which a label is predicted.
 
     Raises:
         InputError: One output where classes are compared. A target or a label is not a class.
@@ -79,19 +86,25 @@ def read_requests(
     logits, row = distinct_logits(
         forward, batch, requests, tokens=tokens, special=special, mask=mask, token_budget=token_budget
     )
-    if compared and logits.shape[1] == 1:
+    if compared and logits.shape[1] == 1 and scale == "softmax":
         raise InputError(
             "the model has one output, whose softmax is always 1, so its probability and its prediction never change. "
             "Take spaces=('logit',) and metrics without an accuracy."
         )
     examples = torch.tensor([request.example for request in requests])
-    for name, classes in {"targets": target, "labels": labels}.items():
+    known = {"targets": (target, logits.shape[1]), "labels": (labels, logits.shape[1] if scale == "softmax" else 2)}
+    for name, (classes, count) in known.items():
         if classes is None:
             continue
         used = classes.cpu()[examples.unique()]
-        if bool(((used < 0) | (used >= logits.shape[1])).any()):
-            raise InputError(f"{name} {used.tolist()} must be classes from 0 to {logits.shape[1] - 1}.")
+        if bool(((used < 0) | (used >= count)).any()):
+            raise InputError(f"{name} {used.tolist()} must be classes from 0 to {count - 1}.")
+    finite = logits.isfinite().all(1)
+    if scale == "sigmoid":
+        logit = logits[row, target.cpu().long()[examples]].double()
+        predicted = (logit.sigmoid() >= threshold).long().masked_fill(~finite[row], -1)
+        return Readings(logit, torch.nn.functional.logsigmoid(logit), predicted)
     log_sum = torch.cat([part.double().logsumexp(1) for part in logits.split(4096)])
-    predicted = logits.argmax(1).masked_fill(~logits.isfinite().all(1), -1)
+    predicted = logits.argmax(1).masked_fill(~finite, -1)
     logit = logits[row, target.cpu().long()[examples]].double()
     return Readings(logit, logit - log_sum[row], predicted[row])

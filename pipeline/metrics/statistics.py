@@ -261,6 +261,8 @@ class Values(NamedTuple):
 def unique_values(rows: Iterable[Mapping[str, Any]], *, q: float | None = None) -> dict[Key, Values]:
     """Collect the values of each method, control and metric per unique sample, NaN for skipped samples.
 
+    Where rows have a `target` (several labels per text), the value of a sample is the mean over its targets.
+
     Args:
         rows: As in `summarise`.
         q: As in `summarise`.
@@ -269,7 +271,7 @@ def unique_values(rows: Iterable[Mapping[str, Any]], *, q: float | None = None) 
         MetricError: As in `summarise`.
     """
     # Arrays: 16 bytes per sample and metric, a quarter of what lists of Python numbers take.
-    groups: dict[Key, tuple[array[int], array[float]]] = {}
+    groups: dict[tuple[Key, int | None], tuple[array[int], array[float]]] = {}
     for row in rows:
         if row["q"] != q:
             continue
@@ -278,24 +280,37 @@ def unique_values(rows: Iterable[Mapping[str, Any]], *, q: float | None = None) 
         if value is not None and not abs(value) < float("inf"):
             reason = f"{key[2]} (control '{row['control']}') is {value}"
             raise MetricError(reason, sample_id=row["sample_id"], method=row["method"])
-        ids, values = groups.setdefault(key, (array("q"), array("d")))
+        ids, values = groups.setdefault((key, row.get("target")), (array("q"), array("d")))
         ids.append(row["sample_id"])
         values.append(float("nan") if value is None else value)
-    found: dict[Key, Values] = {}
-    for key, (ids, values) in groups.items():
+    by_target: dict[Key, list[tuple[Tensor, Tensor]]] = {}
+    for (key, _), (ids, values) in groups.items():
         tolerance = STEP if key[2].split("@")[0] in ("positive_auc", "negative_auc") else TOLERANCE
         try:
             column = torch.tensor(values, dtype=torch.double).unsqueeze(1)
             unique, column = unique_by_id(torch.tensor(ids), column, tolerance)
         except MetricError as error:
             raise MetricError(f"{key[2]}: {error.reason}", sample_id=error.sample_id, method=key[0]) from None
-        found[key] = Values(unique, column, first_mean)
+        by_target.setdefault(key, []).append((unique, column))
+    found: dict[Key, Values] = {}
+    for key, parts_of in by_target.items():
+        found[key] = Values(*(parts_of[0] if len(parts_of) == 1 else _over_targets(parts_of)), first_mean)
         for whole, parts in _PARTS.items():
             name, at, variant = key[2].partition("@")
             keys = [(*key[:2], part + at + variant) for part in parts]
             if name in parts and all(other in found for other in keys):
                 found[*key[:2], whole + at + variant] = _joined(keys, found)
     return found
+
+
+def _over_targets(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean over the targets of each sample, those that are defined: samples, not labels, are drawn independently."""
+    ids, place = torch.cat([ids for ids, _ in parts]).unique(return_inverse=True)
+    values = torch.cat([values for _, values in parts])
+    known = ~values.isnan()
+    totals = torch.zeros(len(ids), 1, dtype=values.dtype).index_add_(0, place, values.nan_to_num())
+    counts = torch.zeros(len(ids), 1, dtype=values.dtype).index_add_(0, place, known.to(values.dtype))
+    return ids, totals / counts  # 0 / 0 is NaN: skipped for every target
 
 
 def first_mean(means: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ KNOWN = {
     "completeness_gap_max": ("worst completeness gap", -1),
     "special_share": ("special-token share", 0),
 }
+ON_OUTPUT = "@mask.logit"
+"""How the metrics of a regression, which has no probability, are spelt behind their names."""
 SIGNIFICANT = 0.05
 """Adjusted p-values below it are called a difference."""
 _PERCENT = {"completeness_gap", "completeness_gap_max", "special_share", "accuracy"}

@@ -14,12 +14,13 @@ from typing import Any
 from calig.pipeline.errors import InputError
 from calig.pipeline.perturbation import Curves
 from calig.pipeline.render.color import STRENGTH, abs_scale
+from calig.pipeline.render.decisions import Decision
 from calig.pipeline.render.labels import metric
 from calig.pipeline.render.pieces import merge_pieces
 from calig.pipeline.render.rows import ProbeSample, ReportData, Sample, SampleExplanation
 from calig.pipeline.render.tokens import in_rationale
 
-SPECIAL, SPACE, MARKED = 1, 2, 4
+SPECIAL, SPACE, MARKED, SECOND = 1, 2, 4, 8
 """Bits of a unit's flags."""
 
 Packed = tuple[str, float, float]
@@ -68,14 +69,16 @@ def script_json(value: Any) -> str:
 def page_data(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence[str]) -> dict[str, Any]:
     """What the page's script reads (see report_data.js): ``samples`` with layer maps for ``layer_methods`` only."""
     methods = method_names(data)
+    probe = [_probe_sample(sample, data.label_names) for sample in data.probe]
     return {
         "methods": methods,
         "layerMethods": list(layer_methods),
         "labels": list(data.label_names),
+        "segments": list(data.segments),
         "metrics": {name: [metric(name).label, metric(name).variant, metric(name).arrow] for name in _names(samples)},
         "strength": STRENGTH,
-        "probe": {"method": data.probe_method, "samples": [_probe_sample(sample) for sample in data.probe]},
-        "samples": [_sample(sample, methods, set(layer_methods)) for sample in samples],
+        "probe": {"method": data.probe_method, "samples": probe},
+        "samples": [_sample(sample, methods, set(layer_methods), data.label_names) for sample in samples],
     }
 
 
@@ -100,7 +103,7 @@ def method_names(data: ReportData) -> list[str]:
     return sorted(names, key=lambda name: name != data.primary_method)
 
 
-def _sample(sample: Sample, methods: list[str], layer_methods: set[str]) -> dict[str, Any]:
+def _sample(sample: Sample, methods: list[str], layer_methods: set[str], names: Sequence[str]) -> dict[str, Any]:
     special = [word_id is None for word_id in sample.word_ids]
     packed = [_explanation(row, special, methods, layer_methods) for row in sample.explanations]
     for row in packed:
@@ -109,8 +112,10 @@ def _sample(sample: Sample, methods: list[str], layer_methods: set[str]) -> dict
         row["curves"] = {control: curves for control, curves in found.items() if curves}
     return {
         **_input(sample),
+        "key": sample.key,
         "prediction": int(sample.prediction),
         "p": _finite(sample.probability),
+        **_told(sample.decision, names),
         "explanations": sorted(packed, key=lambda row: row["method"]),
         "random": _curves(sample.curves.get(("random", "random"))),
     }
@@ -121,13 +126,24 @@ def _input(sample: Sample | ProbeSample) -> dict[str, Any]:
     units = []
     for word in merge_pieces(sample.tokens, None, sample.word_ids):
         flags = SPECIAL * word.special + SPACE * word.space + MARKED * in_rationale(word, sample.rationale)
+        if sample.segment is not None and sample.segment[word.positions[0]] == 1:
+            flags += SECOND
         pieces = [sample.tokens[i] for i in word.positions]
         units.append([word.text, flags] if len(pieces) == 1 else [word.text, flags, pieces])
     label = None if sample.label is None or sample.label < 0 else int(sample.label)
     return {"id": int(sample.sample_id), "label": label, "units": units}
 
 
-def _probe_sample(sample: ProbeSample) -> dict[str, Any]:
+def _told(decision: Decision | None, names: Sequence[str]) -> dict[str, Any]:
+    """What stands in the place of a class: the explained label with its probability, or the number; and in words."""
+    if decision is None:
+        return {}
+    number = decision.value if decision.probability is None else decision.probability
+    said = " · ".join(decision.parts(names))
+    return {"prediction": int(decision.target), "p": _finite(number), "said": said, "right": decision.right}
+
+
+def _probe_sample(sample: ProbeSample, names: Sequence[str]) -> dict[str, Any]:
     special = [word_id is None for word_id in sample.word_ids]
     states = [
         {
@@ -135,6 +151,7 @@ def _probe_sample(sample: ProbeSample) -> dict[str, Any]:
             "step": state.step,
             "prediction": int(state.prediction),
             "p": _finite(state.probability),
+            **_told(state.decision, names),
             "scores": pack_scores(state.scores, special, wide=True),
         }
         for state in sample.states

@@ -18,7 +18,7 @@ function refresh() {
   $("count").textContent = !listed.length ? "No sample matches these filters." : listed.length === DATA.samples.length ? `${listed.length} samples` : `${listed.length} of ${DATA.samples.length} samples`;
   $("rows").replaceChildren(...listed.map((sample) => {
     const result = outcome(sample);
-    const button = h("button", { type: "button", "data-id": sample.id },
+    const button = h("button", { type: "button", "data-id": sample.key },
       h("span", { class: result }, result === "right" ? "✓" : result === "wrong" ? "✗" : "·", h("span", { class: "sr" }, result)),
       h("span", {}, className(sample.prediction)), h("span", { class: "p" }, finite(sample.p) ? sample.p.toFixed(2) : "–"),
       h("span", { dir: "auto" }, `${sample.id}  ${sample.text.slice(0, 90)}`));
@@ -31,7 +31,7 @@ function refresh() {
 
 function open(sample, remember = true) {
   show({ sample });
-  if (remember) try { history.replaceState(null, "", `#sample-${sample.id}`); } catch { /* some viewers forbid it */ }
+  if (remember) try { history.replaceState(null, "", `#sample-${sample.key}`); } catch { /* some viewers forbid it */ }
   mark();
 }
 
@@ -41,7 +41,7 @@ function mark() {
   $("prev").disabled = place <= 0;
   $("next").disabled = place >= listed.length - 1;
   for (const button of $("rows").querySelectorAll("button")) {
-    const here = button.dataset.id === String(view.sample?.id);
+    const here = button.dataset.id === view.sample?.key;
     button.toggleAttribute("aria-current", here);
     if (here) keepInSight(button);
   }
@@ -89,7 +89,7 @@ function start() {
       step(event.key === "ArrowLeft" ? -1 : 1);
     }
   });
-  const fromAddress = () => DATA.samples.find((sample) => `#sample-${sample.id}` === location.hash);
+  const fromAddress = () => DATA.samples.find((sample) => `#sample-${sample.key}` === location.hash);
   window.addEventListener("hashchange", () => { const sample = fromAddress(); if (sample) open(sample, false); });
   $("browser").hidden = false;
   $("static").hidden = true;

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -13,13 +14,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from calig.pipeline.render.benchmark import benchmark_view
 from calig.pipeline.render.concepts import concept_panels
 from calig.pipeline.render.curves import curve_panels, perturbation_panels
+from calig.pipeline.render.decisions import Decision, class_name
 from calig.pipeline.render.flow import GEOMETRY, STRONGEST, agreement_table, flow_pictures
-from calig.pipeline.render.labels import metric, number
+from calig.pipeline.render.labels import ON_OUTPUT, metric, number
 from calig.pipeline.render.leaderboard import leaderboards
 from calig.pipeline.render.packing import check_lengths, method_names, page_data, script_json
-from calig.pipeline.render.pieces import merge_pieces
+from calig.pipeline.render.pieces import Word, merge_pieces
 from calig.pipeline.render.rows import MetricRow, ReportData, Sample, SampleExplanation
-from calig.pipeline.render.tokens import legend_html, word_spans
+from calig.pipeline.render.tokens import legend_html, split_segments, word_scale, word_spans
 
 __all__ = ["MAX_BYTES", "MetricRow", "ReportData", "Sample", "SampleExplanation", "render_report"]
 
@@ -117,7 +119,7 @@ def _render(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence
         shown=len(samples),
         total=len(data.samples),
         explained=len(data.samples) if data.explained is None else data.explained,
-        static=[_static_sample(sample, primary, data.label_names) for sample in samples[:STATIC_SAMPLES]],
+        static=[_static_sample(sample, primary, data) for sample in samples[:STATIC_SAMPLES]],
         legend=legend_html(1.0).replace("−1 ", "").replace(" +1 ", " "),
         payload=script_json(page_data(data, samples, layer_methods)),
         css=_source("report.css"),
@@ -128,12 +130,14 @@ def _render(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence
 
 def _headlines(data: ReportData) -> list[Headline]:
     lines = []
-    for name, label in (("accuracy", "accuracy"), ("f1", "F1")):
+    of_task = (("f1_micro", "micro F1"), ("pearson", "Pearson r"), ("spearman", "Spearman r"), ("rmse", "RMSE"))
+    for name, label in (("accuracy", "accuracy"), ("f1", "F1"), *of_task):
         split = next((split for split in ("test", "val") if _is_number(data.summary, f"{split}/{name}")), None)
         if split:
             lines.append(Headline(f"{split} {label}", number(data.summary[f"{split}/{name}"], name)))
     own = {row.metric: row for row in data.metrics if row.method == data.primary_method and row.control == "none"}
     for name in _HEADLINES:
+        name = name if name in own else name + ON_OUTPUT if name + ON_OUTPUT in own else name
         info, row = metric(name), own.get(name)
         value = row.value if row else data.summary.get(f"explain/{data.primary_method}/{name}")
         if value is None or isinstance(value, str):
@@ -145,18 +149,32 @@ def _headlines(data: ReportData) -> list[Headline]:
     return lines
 
 
-def _static_sample(sample: Sample, primary: str, names: Sequence[str]) -> StaticSample:
+def _texts_html(words: Sequence[Word], sample: Sample, segments: Sequence[str]) -> str:
+    """The words with their tints; the texts of a pair apart, each under its name."""
+    texts = split_segments(words, sample.segment)
+    scale = word_scale(words)  # one for both
+    found = [word_spans(text, rationale=sample.rationale, scale=scale) for text in texts]
+    if len(texts) == 1:
+        return found[0]
+    return "".join(
+        f'<span class="segment">{escape(name)}</span>{text}' for name, text in zip(segments, found, strict=False)
+    )
+
+
+def _static_sample(sample: Sample, primary: str, data: ReportData) -> StaticSample:
+    names = data.label_names
     rows = {row.method: row for row in sample.explanations}
     row = rows.get(primary) or next(iter(rows.values()), None)
     words = merge_pieces(sample.tokens, row.scores if row else None, sample.word_ids)
+    decision = sample.decision or Decision(sample.prediction, sample.prediction, sample.probability, sample.label)
     labelled = sample.label is not None and sample.label >= 0
     return StaticSample(
         sample_id=sample.sample_id,
-        verdict=("right" if sample.label == sample.prediction else "wrong") if labelled else "",
-        prediction=_class_name(sample.prediction, names),
-        label=_class_name(sample.label, names) if sample.label is not None and labelled else None,
-        probability=number(sample.probability),
-        html=word_spans(words, rationale=sample.rationale),
+        verdict={True: "right", False: "wrong", None: ""}[decision.right],
+        prediction=class_name(sample.prediction, names) if decision.plain else " · ".join(decision.parts(names)),
+        label=class_name(sample.label, names) if sample.label is not None and labelled else None,
+        probability=number(sample.probability) if decision.plain else "",
+        html=_texts_html(words, sample, data.segments),
         gap=number(row.completeness_gap if row else None, "completeness_gap"),
         converged=row is None or row.converged,
     )
@@ -165,10 +183,6 @@ def _static_sample(sample: Sample, primary: str, names: Sequence[str]) -> Static
 def _methods_with_layers(data: ReportData) -> list[str]:
     having = {row.method for sample in data.samples for row in sample.explanations if row.layer_scores}
     return [name for name in method_names(data) if name in having]
-
-
-def _class_name(index: int, names: Sequence[str]) -> str:
-    return names[index] if 0 <= index < len(names) else f"class {index}"
 
 
 def _is_number(summary: Mapping[str, float | str | None], key: str) -> bool:

@@ -1,6 +1,6 @@
 // The page's data and what is computed from it. Nothing here touches the document but the data block itself.
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const SPECIAL = 1, SPACE = 2, MARKED = 4;
+const SPECIAL = 1, SPACE = 2, MARKED = 4, SECOND = 8;
 
 const finite = (x) => typeof x === "number" && Number.isFinite(x);
 // What is known to within a step only is shown with no more digits than that.
@@ -32,7 +32,7 @@ function columns(sample, pieces) {
     const names = parts ?? [text];
     const start = position;
     position += names.length;
-    const base = { special: !!(flags & SPECIAL), marked: !!(flags & MARKED) };
+    const base = { special: !!(flags & SPECIAL), marked: !!(flags & MARKED), second: !!(flags & SECOND) };
     if (!pieces || !parts) {
       result.push({ ...base, text, space: !!(flags & SPACE), at: names.map((_, i) => start + i), names });
     } else {
@@ -46,7 +46,9 @@ const specials = (sample) => columns(sample, true).map((column) => column.specia
 const sums = (scores, cols) => cols.map((column) => column.at.reduce((sum, i) => sum + scores[i], 0));
 const wordScale = (values, cols) => maxAbs(values.filter((_, i) => !cols[i].special));
 
+// Of one class the label tells, of several labels all of them; a number is neither right nor wrong.
 function outcome(sample) {
+  if (sample.said !== undefined) return sample.right === null ? "" : sample.right ? "right" : "wrong";
   return sample.label === null ? "" : sample.label === sample.prediction ? "right" : "wrong";
 }
 

@@ -7,11 +7,11 @@ function showProbe(change = {}) {
   const cols = columns(sample, false), special = specials(sample);
   const rows = states.map((one) => sums(unpack(one.scores, special), cols));
   const scale = wordScale(rows[at], cols), place = `${probeName(states, at)}, step ${state.step}`;
-  const right = (one) => (sample.label === null ? "" : one.prediction === sample.label ? "✓ right" : "✗ wrong");
+  const right = (one) => ({ right: "✓ right", wrong: "✗ wrong" })[outcome({ ...one, label: sample.label })] ?? "";
 
   $("p-verdict").replaceChildren(h("b", {}, place), right(state) ? " · " : "", h("span", { class: right(state).slice(2) }, right(state)),
-    " · predicted ", h("b", {}, className(state.prediction)), ` with probability ${finite(state.p) ? state.p.toFixed(3) : "–"}`,
-    sample.label === null ? "" : ` · labelled ${className(sample.label)}`);
+    ...(state.said !== undefined ? [" · ", state.said] : [" · predicted ", h("b", {}, className(state.prediction)), ` with probability ${finite(state.p) ? state.p.toFixed(3) : "–"}`,
+    sample.label === null ? "" : ` · labelled ${className(sample.label)}`]));
   paint($("p-text"), cols, rows[at], scale, place, 0, $("p-readout"));
   $("p-readout").replaceChildren("Point at a word or tap it for its number.");
   legend($("p-legend"), scale, sample, isFlat(rows[at], cols));

@@ -54,15 +54,19 @@ function show(change = {}) {
 function verdict(sample) {
   const result = outcome(sample);
   $("v-title").textContent = `Sample ${sample.id}`;
+  const mark = result ? h("span", { class: result }, result === "right" ? "✓ right" : "✗ wrong") : "";
+  if (sample.said !== undefined) return $("v-verdict").replaceChildren(mark, result ? " · " : "", sample.said);
   $("v-verdict").replaceChildren(
-    result ? h("span", { class: result }, result === "right" ? "✓ right" : "✗ wrong") : "",
+    mark,
     result ? " · predicted " : "Predicted ", h("b", {}, className(sample.prediction)), ` with probability ${finite(sample.p) ? sample.p.toFixed(3) : "–"}`,
     sample.label === null ? "" : ` · labelled ${className(sample.label)}`);
 }
 
 function paint(target, cols, values, scale, place, grain = 0, where = $("v-readout")) {
   target.replaceChildren();
+  const pair = cols.findIndex((column) => column.second);
   cols.forEach((column, i) => {
+    if (pair >= 0 && (i === 0 || i === pair)) target.append(h("span", { class: "segment", dir: "auto" }, DATA.segments[Number(i === pair)]));
     if (column.space) target.append(" ");
     const kind = (column.special ? "special" : "word") + (column.marked ? " marked" : "") + (column.piece ? " piece" : "");
     const node = h("span", { class: kind, dir: column.special ? "ltr" : null, title: signed(values[i], grain), style: { backgroundColor: column.special ? "" : tint(values[i] / scale) } }, column.text);

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 from calig.pipeline.concept_rows import ConceptRow
 from calig.pipeline.flow_rows import AgreementRow
 from calig.pipeline.perturbation import Curves
+from calig.pipeline.render.decisions import Decision
+from calig.pipeline.render.tokens import SEGMENTS
 
 Control = Literal["none", "random", "reversed"]
 
@@ -59,12 +61,22 @@ class Sample:
     """(T,) the word of each piece, None for special tokens."""
     label: int | None
     prediction: int
-    probability: float
+    probability: float | None
     rationale: Sequence[int] | None = None
     """One entry per word id, 1 where a human marked the word; may be longer than what truncation kept."""
     explanations: Sequence[SampleExplanation] = ()
     curves: Mapping[tuple[str, str], Curves] = field(default_factory=dict)
     """(method, control) to perturbation curves."""
+    segment: Sequence[int | None] | None = None
+    """(T,) 0 on the first text of a pair, 1 on the second, None on special tokens; None of single texts."""
+    decision: Decision | None = None
+    """Where it is not one class of several: a label of several, or a number."""
+
+    @property
+    def key(self) -> str:
+        """Tells the sample, and the label where it may have several, from all others of the page."""
+        several = self.decision is not None and self.decision.predictions is not None
+        return f"{self.sample_id}-{self.decision.target}" if several and self.decision else str(self.sample_id)
 
 
 @dataclass(frozen=True)
@@ -74,9 +86,11 @@ class ProbeState:
     epoch: int
     step: int
     prediction: int
-    probability: float
+    probability: float | None
     scores: Sequence[float]
     """(T,) signed relevance."""
+    decision: Decision | None = None
+    """As in `Sample`."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,8 @@ class ProbeSample:
     rationale: Sequence[int] | None
     states: Sequence[ProbeState]
     """In the order of the training."""
+    segment: Sequence[int | None] | None = None
+    """As in `Sample`."""
 
 
 @dataclass(frozen=True)
@@ -135,3 +151,5 @@ class ReportData:
     """Samples whose flow from token to token was kept."""
     agreement: Sequence[AgreementRow] = ()
     """Rows of flow_agreement.csv."""
+    segments: Sequence[str] = SEGMENTS
+    """What the two texts of pairs are called."""

@@ -13,6 +13,8 @@ from calig.pipeline.render.color import OPPOSES, SUPPORTS, abs_scale, css_tint, 
 from calig.pipeline.render.pieces import Word, merge_pieces
 
 _BOX = "background:Canvas;color:CanvasText;font:15px/1.9 system-ui,sans-serif;overflow-wrap:anywhere"
+SEGMENTS = ("first", "second")
+"""What the texts of a pair are called where their columns are not known."""
 _SMALL = "font-size:12px;opacity:.7"
 # All ASCII punctuation may mean something to a reader of Markdown or HTML.
 _MARKDOWN = re.compile(r"[!-/:-@\[-`{-~]")
@@ -27,6 +29,8 @@ def token_html(
     scale: float | None = None,
     word_ids: Sequence[int | None] | None = None,
     legend: bool = False,
+    segment: Sequence[int | None] | None = None,
+    segment_names: Sequence[str] = SEGMENTS,
 ) -> str:
     """HTML fragment of a text with signed highlighting; inline styles only, loads nothing, every text escaped.
 
@@ -40,18 +44,32 @@ def token_html(
             is then also the scale that the legend names.
         word_ids: (T,) the word of each piece, None for special tokens; given, the pieces of a word are summed.
         legend: Whether a legend stands below the text.
+        segment: (T,) 0 on the first text of a pair and 1 on the second, None on special tokens: shown apart.
+        segment_names: What the two are called.
     """
     words = merge_pieces(tokens, scores, word_ids)
     scale = word_scale(words) if scale is None else scale
     parts = [f'<div style="{_BOX}">']
     if title is not None:
         parts.append(f'<div style="font-weight:600">{escape(title)}</div>')
-    parts.append(f'<div dir="auto">{word_spans(words, rationale=rationale, scale=scale)}</div>')
+    texts = split_segments(words, segment)
+    for name, text in zip(segment_names, texts, strict=False):
+        if len(texts) > 1:
+            parts.append(f'<div style="{_SMALL}">{escape(name)}</div>')
+        parts.append(f'<div dir="auto">{word_spans(text, rationale=rationale, scale=scale)}</div>')
     if legend and any(word.score for word in words if not word.special):
         parts.append(legend_html(scale))
     elif legend:
         parts.append(f'<div style="{_SMALL}" dir="ltr">no word has any relevance</div>')
     return "".join([*parts, "</div>"])
+
+
+def split_segments(words: Sequence[Word], segment: Sequence[int | None] | None) -> list[Sequence[Word]]:
+    """The words of each text of a pair, special tokens with the text before them; one part where there is one text."""
+    if segment is None:
+        return [words]
+    start = next((i for i, word in enumerate(words) if segment[word.positions[0]] == 1), None)
+    return [words] if start is None else [words[:start], words[start:]]
 
 
 def word_spans(words: Sequence[Word], *, rationale: Sequence[int] | None = None, scale: float | None = None) -> str:
@@ -77,6 +95,8 @@ def token_text(
     scale: float | None = None,
     word_ids: Sequence[int | None] | None = None,
     legend: bool = False,
+    segment: Sequence[int | None] | None = None,
+    segment_names: Sequence[str] = SEGMENTS,
 ) -> Text:
     """The same highlighting for the terminal; arguments as in :func:`token_html`.
 
@@ -86,11 +106,16 @@ def token_text(
     words = merge_pieces(tokens, scores, word_ids)
     scale = word_scale(words) if scale is None else scale
     text = Text()
-    for word in words:
-        if word.space:
-            text.append(" ")
-        style = "dim" if word.special else _terminal_style(unit(word.score, scale))
-        text.append(word.text, style=f"{style} underline".strip() if in_rationale(word, rationale) else style)
+    texts = split_segments(words, segment)
+    width = max(map(len, segment_names)) if len(texts) > 1 else 0
+    for number, part in enumerate(texts):
+        if len(texts) > 1:
+            text.append(("\n" if number else "") + f"{segment_names[number]:<{width}}  ", style="dim")
+        for index, word in enumerate(part):
+            if word.space and (index or not number):
+                text.append(" ")
+            style = "dim" if word.special else _terminal_style(unit(word.score, scale))
+            text.append(word.text, style=f"{style} underline".strip() if in_rationale(word, rationale) else style)
     if legend:
         text.append("\n")
         text.append(" supports ", style=_terminal_style(1.0))
@@ -101,22 +126,31 @@ def token_text(
 
 
 def token_markdown(
-    tokens: Sequence[str], scores: Sequence[float], *, word_ids: Sequence[int | None] | None = None
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    *,
+    word_ids: Sequence[int | None] | None = None,
+    segment: Sequence[int | None] | None = None,
+    segment_names: Sequence[str] = SEGMENTS,
 ) -> str:
-    """One paragraph of Markdown for viewers that drop colours: words above a third of the largest score are marked.
+    """A paragraph of Markdown for viewers that drop colours: words above a third of the largest score are marked.
 
     Supporting words are bold, opposing ones in italics, both with their score; arguments as in :func:`token_html`.
     """
     words = merge_pieces(tokens, scores, word_ids)
     scale = word_scale(words)
-    text = ""
-    for word in words:
-        shown = plain_markdown(word.text)
-        if not word.special and abs(value := unit(word.score, scale)) >= 0.35:
-            mark = "**" if value > 0 else "*"
-            shown = f"{mark}{shown}{mark} ({word.score:+.2g})"
-        text += (" " if word.space else "") + shown
-    return text
+    texts = split_segments(words, segment)
+    paragraphs = []
+    for name, part in zip(segment_names, texts, strict=False):
+        text = "" if len(texts) == 1 else f"{plain_markdown(name)}&#58;"
+        for word in part:
+            shown = plain_markdown(word.text)
+            if not word.special and abs(value := unit(word.score, scale)) >= 0.35:
+                mark = "**" if value > 0 else "*"
+                shown = f"{mark}{shown}{mark} ({word.score:+.2g})"
+            text += (" " if word.space or text.endswith("&#58;") else "") + shown
+        paragraphs.append(text)
+    return "\n\n".join(paragraphs)
 
 
 def plain_markdown(text: str) -> str:

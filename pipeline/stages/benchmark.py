@@ -15,7 +15,7 @@ from calig.pipeline.benchmarking import (
 )
 from calig.pipeline.errors import InputError
 from calig.pipeline.records import read_numbers, read_samples, shards
-from calig.pipeline.render.labels import SIGNIFICANT, comparable
+from calig.pipeline.render.labels import ON_OUTPUT, SIGNIFICANT, comparable
 from calig.pipeline.render.labels import metric as label_of
 from calig.pipeline.run import RunContext
 
@@ -96,7 +96,10 @@ def show(context: RunContext, rows: Sequence[BenchmarkRow], methods: Sequence[st
     found = {(row.method, row.control, row.metric): row for row in rows if row.group == "all"}
     names = [method for method in methods if method != "random"]
     first = methods[0]
-    metrics = [name for name in SHOWN if any(key[2] == name for key in found)][:_COLUMNS]
+    known = {key[2] for key in found}
+    # A regression has no probability: its metrics are those of the output.
+    metrics = [name if name in known else name + ON_OUTPUT for name in SHOWN if {name, name + ON_OUTPUT} & known]
+    metrics = metrics[:_COLUMNS]
     best = {name: _best(name, found) for name in metrics}
     lines = [(name, "none", name) for name in names]
     lines += [("random", "random", "random (control)"), (first, "reversed", f"{first} reversed")]
@@ -110,7 +113,7 @@ def show(context: RunContext, rows: Sequence[BenchmarkRow], methods: Sequence[st
     sizes = [_size(first, name, found) + " " * width for name, width in zip(metrics, widths, strict=True)]
     table.append(["samples", *sizes])
     arrows = {1: "↑", -1: "↓"}
-    heads = [f"{SHOWN[name]}{arrows.get(label_of(name).direction, '')}" for name in metrics]
+    heads = [f"{SHOWN[name.removesuffix(ON_OUTPUT)]}{arrows.get(label_of(name).direction, '')}" for name in metrics]
     context.console.table(f"benchmark  {len(names)} method{'s' * (len(names) != 1)}, means", ["method", *heads], table)
     _show_costs(context, found, names)
     context.console.say(

@@ -17,6 +17,7 @@ from calig.pipeline.loading import mean_curves
 from calig.pipeline.metrics import Summary, is_flagged, small_sample_warning, summarise
 from calig.pipeline.metrics.randomisation import KEPT_TOO_MUCH
 from calig.pipeline.records import read_numbers, read_rows, shards
+from calig.pipeline.render.labels import ON_OUTPUT
 from calig.pipeline.run import RunContext
 from calig.pipeline.stages.fit import lower_is_better
 
@@ -228,7 +229,9 @@ def show(context: RunContext, summaries: Mapping[tuple[str, str, str], Summary],
     names = [method for method in methods if method != "random"]
     # A mean with its interval takes 15 of the 80 characters; the other metrics are in the report.
     room = max(1, (80 - max(map(len, [*names, "random (control)"]))) // 15)
-    metrics = [name for name in SHOWN if any(key[2] == name for key in summaries)][:room]
+    found = {key[2] for key in summaries}
+    # A regression has no probability: its metrics are those of the output.
+    metrics = [name if name in found else name + ON_OUTPUT for name in SHOWN if {name, name + ON_OUTPUT} & found][:room]
     rows = []
     for method, control in [*((name, "none") for name in names), ("random", "random")]:
         label = "random (control)" if control == "random" else method
@@ -236,7 +239,8 @@ def show(context: RunContext, summaries: Mapping[tuple[str, str, str], Summary],
     count = max((summary.n for summary in summaries.values()), default=0)
     title = f"explain  {count} samples of the {context.config.explain.split} split"
     if metrics:
-        arrows = [f"{SHOWN[metric]} {'↓' if lower_is_better(metric) else '↑'}" for metric in metrics]
+        named = {metric: SHOWN[metric.removesuffix(ON_OUTPUT)] for metric in metrics}
+        arrows = [f"{named[metric]} {'↓' if lower_is_better(metric) else '↑'}" for metric in metrics]
         context.console.table(f"{title} · mean and 95 % interval", ["method", *arrows], rows)
     else:
         context.console.say(title)

@@ -11,9 +11,11 @@ from typing import Any
 from calig.pipeline.config import asked_options, without_asked
 from calig.pipeline.loggers import drop_rows, logged_rows
 from calig.pipeline.run import RunContext
+from calig.pipeline.tasks import MONITORED
 
 _LOWER_IS_BETTER = {
     "loss",
+    "rmse",
     "sufficiency",
     "log_odds",
     "deletion_auc",
@@ -50,7 +52,7 @@ def run_stage(context: RunContext) -> None:
     data = context.data
     module = context.module
     module.model = prepare_training(module.model, config.model)  # type: ignore[arg-type]  # plain: the run loaded it
-    monitor = config.model.monitor
+    monitor = config.model.monitor or MONITORED[context.task]
     mode = "min" if lower_is_better(monitor) else "max"
     checkpoint = ModelCheckpoint(
         directory / "checkpoints",

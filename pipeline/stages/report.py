@@ -5,11 +5,13 @@ from __future__ import annotations
 import heapq
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from calig.pipeline.benchmarking import BENCHMARK_FILE, read_benchmark
 from calig.pipeline.concept_rows import CONCEPTS_FILE, read_concepts
+from calig.pipeline.config import Config
 from calig.pipeline.costs import COSTS
 from calig.pipeline.directory import RunDirectory
 from calig.pipeline.errors import InputError
@@ -17,7 +19,18 @@ from calig.pipeline.flow_rows import AGREEMENT_FILE, read_agreement
 from calig.pipeline.loading import learning_curves, mean_curves, rationale_by_word, read_probes
 from calig.pipeline.metrics import metric_key, summarise
 from calig.pipeline.perturbation import CURVE_METRICS, perturbation_curves
-from calig.pipeline.records import atomic_write, read_bins, read_numbers, read_rows, shards, table_metadata
+from calig.pipeline.records import (
+    SampleKey,
+    atomic_write,
+    explained_key,
+    measured_key,
+    read_bins,
+    read_numbers,
+    read_rows,
+    shards,
+    table_metadata,
+)
+from calig.pipeline.render.decisions import Decision
 from calig.pipeline.render.report import render_report
 from calig.pipeline.render.rows import (
     FlowSample,
@@ -28,12 +41,13 @@ from calig.pipeline.render.rows import (
     Sample,
     SampleExplanation,
 )
+from calig.pipeline.render.tokens import SEGMENTS
 from calig.pipeline.run import RunContext
 
 MAX_SAMPLES = 100
 MAX_PROBE_SAMPLES = 24
 MAX_PROBES = 24
-_CURVES = ("train/loss", "val/loss", "val/accuracy")
+_CURVES = ("train/loss", "val/loss", "val/accuracy", "val/f1_micro", "val/pearson", "val/rmse")
 _UNSHOWN = ("auprc_base_rate", *COSTS)  # in summary.json; a base rate is the same for every method
 _PROBE_CURVES = (
     "comprehensiveness",
@@ -119,7 +133,15 @@ def collect(directory: RunDirectory) -> ReportData:
         concepts=read_concepts(directory / CONCEPTS_FILE),
         flows=_flows(directory),
         agreement=read_agreement(directory / AGREEMENT_FILE),
+        segments=_segments(config),
     )
+
+
+def _segments(config: Config) -> tuple[str, str]:
+    """What the texts of pairs are called: their columns, where they have names."""
+    columns = config.data.columns
+    first, second = columns.text or SEGMENTS[0], columns.text_pair or SEGMENTS[1]
+    return SEGMENTS if first.isdecimal() or second.isdecimal() else (first, second)
 
 
 def _probe(directory: RunDirectory) -> list[ProbeSample]:
@@ -127,18 +149,37 @@ def _probe(directory: RunDirectory) -> list[ProbeSample]:
     probes = read_probes(directory.path)
     if len(probes) > MAX_PROBES:
         probes = [probes[round(i * (len(probes) - 1) / (MAX_PROBES - 1))] for i in range(MAX_PROBES)]
-    first: dict[int, dict[str, Any]] = {}
-    states: dict[int, list[ProbeState]] = defaultdict(list)
+    first: dict[SampleKey, dict[str, Any]] = {}
+    states: dict[SampleKey, list[ProbeState]] = defaultdict(list)
     for epoch, step, rows in probes:
         for row in rows:
             # What does not read the same at every probe (a dataset that augments) is no history of one text.
-            if first.setdefault(row["sample_id"], row)["tokens"] == row["tokens"]:
-                state = ProbeState(epoch, step, row["prediction"], row["probability"], row["scores"])
-                states[row["sample_id"]].append(state)
+            key = explained_key(row)
+            if first.setdefault(key, row)["tokens"] == row["tokens"]:
+                state = ProbeState(epoch, step, row["prediction"], row["probability"], row["scores"], _decision(row))
+                states[key].append(state)
     return [
-        ProbeSample(number, row["tokens"], row["word_ids"], row["label"], rationale_by_word(row), states[number])
-        for number, row in sorted(first.items())[:MAX_PROBE_SAMPLES]
+        ProbeSample(
+            row["sample_id"],
+            row["tokens"],
+            row["word_ids"],
+            row["label"],
+            rationale_by_word(row),
+            states[key],
+            row.get("segment"),
+        )
+        for key, row in sorted(first.items(), key=lambda item: _place(item[1]))[:MAX_PROBE_SAMPLES]
     ]
+
+
+def _decision(row: Mapping[str, Any]) -> Decision | None:
+    """The decision of a row where it is no class of several."""
+    decision = Decision.of(row)
+    return None if decision.plain else decision
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, int]:
+    return row["sample_id"], row["target"]
 
 
 def _curve(key: str) -> str | None:
@@ -177,25 +218,25 @@ def _flows(directory: RunDirectory) -> list[FlowSample]:
 def _samples(directory: RunDirectory, methods: list[str]) -> list[Sample]:
     ids = {row["sample_id"] for row in read_rows(directory / "explanations", columns=["sample_id"])}
     chosen = set(heapq.nsmallest(MAX_SAMPLES, ids))
-    values: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)
+    values: dict[tuple[SampleKey, str], dict[str, float]] = defaultdict(dict)
     for row in read_numbers(directory / "metrics"):
         if row["sample_id"] in chosen and row["control"] == "none" and row["value"] is not None:
-            values[row["sample_id"], row["method"]][metric_key(row)] = row["value"]
-    bins: dict[int, list[dict[str, Any]]] = defaultdict(list)
+            values[measured_key(row), row["method"]][metric_key(row)] = row["value"]
+    bins: dict[SampleKey, list[dict[str, Any]]] = defaultdict(list)
     for row in read_bins(directory / "metrics", list(CURVE_METRICS)):
         if row["sample_id"] in chosen:
-            bins[row["sample_id"]].append(row)
-    found: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+            bins[measured_key(row)].append(row)
+    found: dict[SampleKey, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in read_rows(directory / "explanations"):
         if row["sample_id"] in chosen:
-            found[row["sample_id"]][row["method"]] = row
+            found[explained_key(row)][row["method"]] = row
     samples = []
-    for sample_id, by_method in sorted(found.items()):
+    for key, by_method in sorted(found.items(), key=lambda item: _place(next(iter(item[1].values())))):
         rows = [by_method[method] for method in methods if method in by_method]
         first = rows[0]
         samples.append(
             Sample(
-                sample_id=sample_id,
+                sample_id=first["sample_id"],
                 tokens=first["tokens"],
                 word_ids=first["word_ids"],
                 label=first["label"],
@@ -209,11 +250,13 @@ def _samples(directory: RunDirectory, methods: list[str]) -> list[Sample]:
                         layer_scores=row["layer_scores"],
                         completeness_gap=row["completeness_gap"],
                         converged=row["converged"],
-                        metrics=values[sample_id, row["method"]],
+                        metrics=values[key, row["method"]],
                     )
                     for row in rows
                 ],
-                curves=perturbation_curves(bins[sample_id], {sample_id: first["probability"]}),
+                curves=perturbation_curves(bins[key], {key: first["probability"]}),
+                segment=first.get("segment"),
+                decision=_decision(first),
             )
         )
     return samples

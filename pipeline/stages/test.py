@@ -1,4 +1,4 @@
-"""test: accuracy and macro-F1 of the best weights on the test split."""
+"""test: what the best weights reach on the test split, by the metrics of the task."""
 
 from __future__ import annotations
 
