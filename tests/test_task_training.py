@@ -8,6 +8,7 @@ import torch
 from test_data_sources import write_jsonl
 from transformers import BertConfig, BertForSequenceClassification
 
+from calig.callbacks.development import Development
 from calig.pipeline import explain, load_explanations
 from calig.pipeline.cli import main
 from calig.pipeline.compose import compose
@@ -53,7 +54,7 @@ def test_the_loss_of_several_labels():
     )
     heavy = torch.tensor([2.0, 1.0, 0.5])
     naive = -(heavy * labels * p.log() + (1 - labels) * (1 - p).log()).mean()
-    assert float(weighted(batch).loss.detach()) == pytest.approx(float(naive), abs=1e-6)
+    assert float(weighted(batch).loss.detach()) == pytest.approx(float(naive.detach()), abs=1e-6)
     rows = labels.tolist()
     balanced = loss_settings(ModelConfig(class_weights="balanced"), ["a", "b", "c"], lambda: rows, "multi_label")
     assert balanced.class_weights == pytest.approx((2 / 2, 2 / 2, 1 / 3))
@@ -287,3 +288,43 @@ def test_the_task_of_a_model():
     for task, outputs in (("classification", 3), ("multi_label", 3), ("multi_label", 1), ("regression", 1)):
         assert task_of(bert(outputs, task).config) == task
     assert task_of(BertConfig(num_labels=1)) == "regression" and task_of(BertConfig()) == "classification"
+
+
+@pytest.mark.parametrize("kind", ["several", "number"])
+def test_fusion_is_calibrated_on_every_head(kind, request, tmp_path):
+    run = request.getfixturevalue(kind)
+    path = run.parent / ("sets.jsonl" if kind == "several" else "stars.jsonl")
+    column = [] if kind == "several" else ["data.columns.label=stars"]
+    arguments = [item for item in TINY if not item.startswith(("stages", "explain.methods"))]
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    for split, part in (("val", slice(0, 10)), ("test", slice(10, 16))):
+        write_jsonl(splits / f"{split}.jsonl", [json.loads(line) for line in path.read_text().split("\n")[part]])
+    out = tmp_path / "run"
+    code = main(
+        [
+            *("run", *arguments, *column, "stages=[calibrate,explain]", f"data.path={splits}", f"run.dir={out}"),
+            *(f"model.checkpoint={run / 'model'}", "explain.options.ca_lig.lam=auto", "calibrate.grid=[0.2,0.8]"),
+            "explain.methods=[ca_lig]",
+        ]
+    )
+    assert code == 0
+    found = json.loads((out / "calibration.json").read_text())
+    assert found["chosen"]["lam"] in (0.2, 0.8) and found["num_samples"] == 10
+    assert all(math.isfinite(point["score"]) for point in found["points"])
+
+
+def test_the_probe_follows_each_label_of_a_sample(several):
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(next((several / "probe").glob("*.parquet"))).to_pylist()
+    keys = [(row["sample_id"], row["target"]) for row in rows]
+    assert len(set(keys)) == len(keys) and len({sample for sample, _ in keys}) == 3 < len(keys)
+    first = Development()
+    assert first.advance(rows, 0) is None
+    second = Development.restore(json.loads(json.dumps(first.state())))
+    assert second.advance(rows, 1) == pytest.approx(1.0), "the same explanations have not moved"
+    others = [row for row in rows if row["target"] == rows[0]["target"]]
+    assert second.advance(others, 2) == pytest.approx(1.0) and set(second.scores) == {
+        (row["sample_id"], row["target"]) for row in others
+    }
