@@ -97,7 +97,7 @@ def _decisions(request: Request, texts: Sequence[Any], pairs: Sequence[Any] | No
     names = dict(enumerate(opened.label_names))
     return _Job(
         explain_batches(opened, texts, pairs, settings, request.batch_size),
-        lambda row: Explanation.from_row(row, opened.label_names),
+        lambda row: Explanation.from_row(row, opened.label_names, opened.segments),
         lambda index: names.get(index, f"class {index}"),
         {
             "label_names": opened.label_names,

@@ -83,7 +83,7 @@ def explain(
             raise SampleFailure(f"text {first['sample_id']} was not explained by '{method}': {first['reason']}")
         rows += explained.explanations if not curves else list(_with_curves(explained))
     rows.sort(key=lambda row: row["sample_id"])
-    return [Explanation.from_row(row, opened.label_names) for row in rows]
+    return [Explanation.from_row(row, opened.label_names, opened.segments) for row in rows]
 
 
 def curve_operator(opened: Opened) -> str:

@@ -19,7 +19,7 @@ from calig.pipeline.perturbation import KEPT, REMOVED, Curves
 from calig.pipeline.render.color import OPPOSES, SUPPORTS, abs_scale, hex_color
 from calig.pipeline.render.decisions import Decision, class_name
 from calig.pipeline.render.pieces import Word, join_pieces, merge_pieces
-from calig.pipeline.render.tokens import token_html, token_text
+from calig.pipeline.render.tokens import SEGMENTS, token_html, token_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +53,7 @@ class Explanation:
             (`calig.pipeline.perturbation`); None where they were not measured.
         label_names: Class names in the order of their indices; without them classes are shown as numbers.
         segment: (T,) 0 on the first text of a pair and 1 on the second, None on special tokens; None of single texts.
+        segment_names: What the two texts of a pair are called.
         predictions: The labels that are predicted, where a text may have several.
         labels: The labels that are given, where a text may have several and they are known.
         value: The output of a regression.
@@ -77,13 +78,16 @@ class Explanation:
     curves: Mapping[str, Curves] | None = None
     label_names: tuple[str, ...] = ()
     segment: tuple[int | None, ...] | None = None
+    segment_names: tuple[str, ...] = SEGMENTS
     predictions: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
     value: float | None = None
     label_value: float | None = None
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], label_names: Sequence[str] = ()) -> Explanation:
+    def from_row(
+        cls, row: Mapping[str, Any], label_names: Sequence[str] = (), segment_names: Sequence[str] = SEGMENTS
+    ) -> Explanation:
         """From a row as explanations are kept (`load_explanations`, `calig.pipeline.records`)."""
         layers = row.get("layer_scores")
         word_ids, rationale = row.get("word_ids"), row.get("rationale")
@@ -99,6 +103,7 @@ class Explanation:
             layer_scores=None if layers is None else tuple(tuple(layer) for layer in layers),
             rationale=None if rationale is None else tuple(rationale),
             label_names=tuple(label_names),
+            segment_names=tuple(segment_names),
             **lists,
             **{name: row[name] for name in (*names, *more) if name in row},
         )
@@ -223,13 +228,21 @@ class Explanation:
             title=self.summary(),
             legend=True,
             segment=self.segment,
+            segment_names=self.segment_names,
         )
         profile = self.layer_profile
         return text if not profile else f"<div>{text}{_profile_html(profile)}</div>"
 
     def __rich__(self) -> Group:
         rationale = self._word_rationale()
-        tokens = token_text(self.tokens, self.scores, word_ids=self.word_ids, rationale=rationale, segment=self.segment)
+        tokens = token_text(
+            self.tokens,
+            self.scores,
+            word_ids=self.word_ids,
+            rationale=rationale,
+            segment=self.segment,
+            segment_names=self.segment_names,
+        )
         lines = [Text(self.summary(), style="bold"), tokens, *self._numbers()]
         for line in lines:
             line.plain = _CONTROL.sub("�", line.plain)  # of the same length, so the styles stay where they are

@@ -14,6 +14,7 @@ from calig.pipeline.compose import CONFIG_FILE, load
 from calig.pipeline.config import Config, without_asked
 from calig.pipeline.errors import InputError
 from calig.pipeline.records import shards, table_metadata
+from calig.pipeline.render.tokens import SEGMENTS, named_segments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +34,7 @@ class Opened:
         label_names: Class names in the order of their indices.
         max_length: Tokens per text.
         options: Method -> the options that its run explained with; none for what is not of a run.
+        segments: What the two texts of pairs are called.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class Opened:
     label_names: list[str]
     max_length: int
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    segments: tuple[str, str] = SEGMENTS
 
 
 def source_kind(path: Path) -> str:
@@ -251,12 +254,14 @@ def _opened(model: Any, tokenizer: Any, run: Path | None = None) -> Opened:
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     limits = [_LONGEST, tokenizer.model_max_length, _positions(model)]
     options: Mapping[str, Mapping[str, Any]] = {}
+    segments = SEGMENTS
     if run is not None:
         config = load(run, check=False)
         limits.append(config.data.max_length)
         options = _run_options(run, config)
+        segments = named_segments(config.data.columns.text, config.data.columns.text_pair)
     length = min(limit for limit in limits if limit)
-    return Opened(model, tokenizer, [str(names[i]) for i in sorted(names)], int(length), options)
+    return Opened(model, tokenizer, [str(names[i]) for i in sorted(names)], int(length), options, segments)
 
 
 def _positions(model: Any) -> int | None:

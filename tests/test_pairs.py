@@ -4,14 +4,14 @@ import json
 import re
 
 import pytest
-from test_explain_api import make_folder
+from test_explain_api import make_folder, make_run
 
 from calig.pipeline import Explanation, explain
 from calig.pipeline.cli import main
 from calig.pipeline.render.decisions import Decision
 from calig.pipeline.render.report import render_report
 from calig.pipeline.render.rows import ProbeSample, ProbeState, ReportData, Sample, SampleExplanation
-from calig.pipeline.render.tokens import split_segments, token_html, token_markdown, token_text
+from calig.pipeline.render.tokens import named_segments, split_segments, token_html, token_markdown, token_text
 
 # [CLS] a <b> [SEP] not </script> [SEP]
 HOSTILE = ["[CLS]", "a", "<b onload=x>", "[SEP]", "not", "</script><script>alert(1)</script>", "[SEP]"]
@@ -131,3 +131,15 @@ def test_a_pair_is_explained_apart_from_the_command_line(tmp_path, capsys):
     found = explain(str(tmp_path / "model"), ["not bad"], text_pairs=["good"], steps=5)[0]
     assert found.segment == (None, 0, 0, None, 1, None)
     assert explain(str(tmp_path / "model"), ["not bad"], steps=5)[0].segment is None
+
+
+def test_the_texts_of_a_run_are_called_as_their_columns(tmp_path):
+    make_run(tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    config = path.read_text()
+    assert "text: null" in config and "text_pair: null" in config
+    path.write_text(config.replace("text: null", "text: premise").replace("text_pair: null", "text_pair: hypothesis"))
+    found = explain(tmp_path / "run", ["not bad"], text_pairs=["good"], steps=5)[0]
+    assert str(found).splitlines()[1].startswith("premise     [CLS] not bad")
+    assert str(found).splitlines()[2].startswith("hypothesis  good")
+    assert named_segments("0", "1") == ("first", "second") == named_segments(None, None)

@@ -64,6 +64,12 @@ def token_html(
     return "".join([*parts, "</div>"])
 
 
+def named_segments(first: str | None, second: str | None) -> tuple[str, str]:
+    """What the texts of pairs are called: their columns, where these have names and are no numbers."""
+    names = first or SEGMENTS[0], second or SEGMENTS[1]
+    return SEGMENTS if any(name.isdecimal() for name in names) else names
+
+
 def split_segments(words: Sequence[Word], segment: Sequence[int | None] | None) -> list[Sequence[Word]]:
     """The words of each text of a pair, special tokens with the text before them; one part where there is one text."""
     if segment is None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from calig.pipeline.benchmarking import BENCHMARK_FILE, read_benchmark
 from calig.pipeline.concept_rows import CONCEPTS_FILE, read_concepts
-from calig.pipeline.config import Config
 from calig.pipeline.costs import COSTS
 from calig.pipeline.directory import RunDirectory
 from calig.pipeline.errors import InputError
@@ -41,7 +40,7 @@ from calig.pipeline.render.rows import (
     Sample,
     SampleExplanation,
 )
-from calig.pipeline.render.tokens import SEGMENTS
+from calig.pipeline.render.tokens import named_segments
 from calig.pipeline.run import RunContext
 
 MAX_SAMPLES = 100
@@ -133,15 +132,8 @@ def collect(directory: RunDirectory) -> ReportData:
         concepts=read_concepts(directory / CONCEPTS_FILE),
         flows=_flows(directory),
         agreement=read_agreement(directory / AGREEMENT_FILE),
-        segments=_segments(config),
+        segments=named_segments(config.data.columns.text, config.data.columns.text_pair),
     )
-
-
-def _segments(config: Config) -> tuple[str, str]:
-    """What the texts of pairs are called: their columns, where they have names."""
-    columns = config.data.columns
-    first, second = columns.text or SEGMENTS[0], columns.text_pair or SEGMENTS[1]
-    return SEGMENTS if first.isdecimal() or second.isdecimal() else (first, second)
 
 
 def _probe(directory: RunDirectory) -> list[ProbeSample]:
