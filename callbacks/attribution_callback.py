@@ -14,15 +14,18 @@ from torch import nn
 
 from calig.callbacks.collectives import gather
 from calig.callbacks.development import Development, layer_shares, probe_scalars, sample_metrics
+from calig.callbacks.image_media import with_pictures
 from calig.callbacks.media import MediaLog, probe_media
 from calig.callbacks.probe import Probe, explain_each, numbered
 from calig.callbacks.sharded import is_sharded, whole_copy
 from calig.callbacks.target import candidates, check_strategy, find_model, first_loader, half_precision
 from calig.pipeline.attribution import UnsupportedModelError
 from calig.pipeline.errors import InputError
-from calig.pipeline.explainer import Explainer, ExplainSettings, SampleFailure, perturbation_tokens, settings_for
+from calig.pipeline.explained import SampleFailure
+from calig.pipeline.explainer import Explainer, ExplainSettings, settings_for
 from calig.pipeline.perturbation import Curves, perturbation_curves
-from calig.pipeline.records import EXPLANATION_SCHEMA, explained_key, write_table
+from calig.pipeline.perturbers import default_operator
+from calig.pipeline.records import EXPLANATION_SCHEMA, atomic_write, explained_key, write_table
 
 
 class AttributionCallback(Callback):
@@ -31,8 +34,9 @@ class AttributionCallback(Callback):
     Scalars appear as `val/explain/<method>/<metric>` in `trainer.callback_metrics` before ModelCheckpoint and
     EarlyStopping look: completeness gap, comprehensiveness and sufficiency beside the controls `random` and
     `reversed`, plausibility where the data has rationales, special-token share, layer profile, and drift against the
-    previous probe. Media (signed token highlighting, layers x tokens heatmaps, the layer profile) go to every logger
-    that can show them. Training is not touched: weights end bit-identical with and without the callback.
+    previous probe. Media (signed token highlighting, layers x tokens heatmaps, overlays and strips of images, the layer
+    profile) go to every logger that can show them. Training is not touched: weights end bit-identical with and without
+    the callback.
 
     Args:
         method: One of `calig.pipeline.attribution.available_methods()`.
@@ -44,20 +48,23 @@ class AttributionCallback(Callback):
         operator: Perturbation operator of the faithfulness metrics; None chooses `mask` where the tokenizer has a
             token for it, else `attention`.
         model: Picks the model out of the LightningModule; None takes the only `PreTrainedModel` in it.
-        tokenizer: Shows tokens as text and names special tokens; without it tokens are shown as ids.
+        tokenizer: Shows tokens as text and names special tokens; without it tokens are shown as ids. Of images the
+            image processor, which knows their colours.
         label_names: Class names for display.
-        folder: Where to write `epoch-*.parquet`; None writes no files.
+        folder: Where to write `epoch-*.parquet` and the pictures of images; None writes no files.
         num_shown: Samples that are logged as pictures.
         batch_size: Samples per attribution batch.
         seed: Chooses the samples and the random control.
         inputs: Makes the model's inputs of a validation batch, where the loader gives tuples or other keys; None
-            takes the batch for a mapping with `input_ids`, `attention_mask` and `labels` (or `label`).
+            takes the batch for a mapping with `input_ids`, `attention_mask` and `labels` (or `label`), or with
+            `pixel_values` and, where it is known, `object_mask`.
         strict: End the training at the first sample that cannot be explained.
 
     Raises:
         InputError: Before the first step, for an unknown method or option, a strategy that shards parameters, no
-            validation loader, a batch without `input_ids`, or no model to explain; the message names the way out.
-            Later on nothing is raised: samples that cannot be explained are counted and named in one warning.
+            validation loader, a batch without `input_ids` or `pixel_values`, or no model to explain; the message
+            names the way out. Later on nothing is raised: samples that cannot be explained are counted and named in one
+            warning.
         SampleFailure: With `strict`, on all processes.
 
     Example::
@@ -202,7 +209,7 @@ class AttributionCallback(Callback):
             self._last, self._profiles = Development(), {}  # of another training
         operator = self.operator
         if operator is None:
-            operator = "attention" if perturbation_tokens(model, self.tokenizer).mask_id is None else "mask"
+            operator = default_operator(model, self.tokenizer)
         settings = ExplainSettings(self.methods, target=self.target, operators=(operator,), seed=self.seed)
         self._explainer = Explainer(model, self.tokenizer, settings)
         if coarse := half_precision(model):
@@ -255,6 +262,7 @@ class AttributionCallback(Callback):
             chunks = probe.chunks(trainer.global_rank, trainer.world_size)
             mine = explain_each(self._current(), probe, chunks, trainer.strategy.batch_to_device)
         explanations, metrics, failures = gather(mine.explanations), gather(mine.metrics), gather(mine.failures)
+        files = dict(gather(list(mine.files.items())))
         # Metric rows have the index in the dataset; the data may number its samples otherwise.
         values = sample_metrics(metrics)
         curves = perturbation_curves(metrics, {explained_key(row): row["probability"] for row in explanations})
@@ -265,6 +273,7 @@ class AttributionCallback(Callback):
                 f"sample {first['sample_id']}, method '{self.method}': {first['reason']} (strict: the training ends)"
             )
         try:
+            self._shown = with_pictures(explanations[: self.num_shown], files)
             scalars = self._scalars(trainer, explanations, metrics)
             self._curves = curves
         except Exception as error:  # all processes have the same rows, and so the same error
@@ -281,13 +290,12 @@ class AttributionCallback(Callback):
                 f"{first['sample_id']}: {first['reason']}. Later probes only count them, in {prefix}/failed.",
             )
         if self.folder is not None and trainer.is_global_zero and not _is_dry(trainer):
-            self._write(self.folder, trainer, explanations)
+            self._write(self.folder, trainer, explanations, files)
         return scalars
 
     def _scalars(
         self, trainer: Trainer, explanations: list[dict[str, Any]], metrics: list[dict[str, Any]]
     ) -> dict[str, float]:
-        self._shown = explanations[: self.num_shown]
         profile = layer_shares(explanations)
         if profile:
             self._profiles[trainer.current_epoch] = profile
@@ -296,10 +304,16 @@ class AttributionCallback(Callback):
             scalars[f"val/explain/{self.method}/drift"] = moved
         return scalars
 
-    def _write(self, folder: Path, trainer: Trainer, explanations: list[dict[str, Any]]) -> None:
+    def _write(
+        self, folder: Path, trainer: Trainer, explanations: list[dict[str, Any]], files: Mapping[str, bytes]
+    ) -> None:
         name = f"epoch-{trainer.current_epoch:04d}-step-{trainer.global_step:07d}.parquet"
         metadata = {"label_names": self.label_names or [], "epoch": trainer.current_epoch}
         try:
+            for place, data in files.items():
+                if not (folder / place).exists():  # the samples are the same at every probe
+                    (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                    atomic_write(folder / place, data)
             write_table(folder / name, explanations, EXPLANATION_SCHEMA, metadata)
         except OSError as error:
             self._warn_once("files", f"{folder / name} could not be written: {error}")

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from calig.pipeline.explainer import Explained, Explainer
+from calig.pipeline.explained import Explained
+from calig.pipeline.explainer import Explainer
 from calig.pipeline.manifest import next_number, write_shard
 from calig.pipeline.metrics.sensitivity import take_rows
 from calig.pipeline.signals import Stopped

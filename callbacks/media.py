@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
+from calig.callbacks.image_media import Masked, image_rows_media
 from calig.pipeline.loading import rationale_by_word
 from calig.pipeline.perturbation import KEPT, REMOVED, Curves
 from calig.pipeline.render.decisions import Decision
@@ -103,6 +104,8 @@ class MediaLog:
         import wandb
 
         def cell(value: Any) -> Any:
+            if isinstance(value, Masked):
+                return wandb.Image(value.picture, masks={"object": _wandb_mask(value.mask)})
             if isinstance(value, Image.Image):
                 return wandb.Image(value)
             return wandb.Html(str(value), inject=False) if isinstance(value, Html) else value
@@ -164,6 +167,12 @@ def probe_media(
         return label_names[index] if 0 <= index < len(label_names) else str(index)
 
     metrics = sorted({name for row in rows for name in row.get("metrics", {})})
+    prefix = f"val/explain/{method}"
+    if rows[0].get("grid") is not None:
+        pictures, samples = image_rows_media(rows, metrics, epoch, name)
+        found = {f"{prefix}/{key}": image for key, image in pictures.items()}
+        shown = {"images": found, "tables": {f"{prefix}/samples": samples}, "charts": {}}
+        return _with_charts(shown, prefix, method, profiles, curves, "patches")
     table: list[list[Any]] = []
     paragraphs = []
     for row in rows:
@@ -181,19 +190,30 @@ def probe_media(
         facts = [*_told(row, name), row["completeness_gap"]]
         values = [row.get("metrics", {}).get(key) for key in metrics]
         table.append([epoch, row["sample_id"], Html(text), *facts, *values, heatmap])
-    prefix = f"val/explain/{method}"
-    images = {} if table[0][-1] is None else {f"{prefix}/layers": table[0][-1]}
-    charts = {f"{prefix}/{key}": chart for key, chart in perturbation_charts(curves, [method]).items()}
-    if profiles:
-        images[f"{prefix}/layer_profile_image"] = layer_profile(list(profiles[max(profiles)]))
-        charts[f"{prefix}/layer_profile_chart"] = profile_chart(profiles)
-    return {
+    media: dict[str, Any] = {
         "html": {f"{prefix}/tokens": "\n".join(line[2] for line in table)},
         "texts": {f"{prefix}/tokens": "\n\n---\n\n".join(paragraphs)},
-        "images": images,
+        "images": {} if table[0][-1] is None else {f"{prefix}/layers": table[0][-1]},
         "tables": {f"{prefix}/samples": ((*_COLUMNS, *metrics, "layers"), table)},
-        "charts": charts,
+        "charts": {},
     }
+    return _with_charts(media, prefix, method, profiles, curves)
+
+
+def _with_charts(
+    media: dict[str, Any],
+    prefix: str,
+    method: str,
+    profiles: Mapping[int, Sequence[float]],
+    curves: Mapping[tuple[str, str], Curves],
+    unit: str = "words",
+) -> dict[str, Any]:
+    """Add what texts and images have in common: perturbation curves and the layer profile."""
+    media["charts"] |= {f"{prefix}/{key}": chart for key, chart in perturbation_charts(curves, [method], unit).items()}
+    if profiles:
+        media["images"][f"{prefix}/layer_profile_image"] = layer_profile(list(profiles[max(profiles)]))
+        media["charts"][f"{prefix}/layer_profile_chart"] = profile_chart(profiles)
+    return media
 
 
 def _told(row: Mapping[str, Any], name: Callable[[int | None], str | None]) -> list[Any]:
@@ -215,16 +235,26 @@ def profile_chart(profiles: Mapping[int, Sequence[float]]) -> Chart:
     return Chart("Share of |relevance| by block", "block", lines)
 
 
-def perturbation_charts(curves: Mapping[tuple[str, str], Curves], methods: Sequence[str]) -> dict[str, Chart]:
+def perturbation_charts(
+    curves: Mapping[tuple[str, str], Curves], methods: Sequence[str], unit: str = "words"
+) -> dict[str, Chart]:
     """`perturbation_removed` and `perturbation_kept`: the methods and, beside them, the controls of the first one."""
     wanted = {name: (name, "none") for name in methods if name != "random"}
     wanted |= {"random": ("random", "random"), f"{methods[0]} reversed": (methods[0], "reversed")}
     charts = {}
-    for kind, title in ((REMOVED, "most relevant words removed"), (KEPT, "only the most relevant words kept")):
+    for kind, title in ((REMOVED, f"most relevant {unit} removed"), (KEPT, f"only the most relevant {unit} kept")):
         lines = {name: curves[key][kind] for name, key in wanted.items() if kind in curves.get(key, {})}
         if lines:
-            charts[f"perturbation_{kind}"] = Chart(f"Probability, {title}", "share of the words", lines)
+            charts[f"perturbation_{kind}"] = Chart(f"Probability, {title}", f"share of the {unit}", lines)
     return charts
+
+
+def _wandb_mask(mask: Image.Image) -> dict[str, Any]:
+    """A mask as W&B takes it: an array with 1 on the object."""
+    import torch
+
+    pixels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(mask.height, mask.width)
+    return {"mask_data": (pixels > 0).byte().numpy(), "class_labels": {1: "object"}}
 
 
 class Html(str):

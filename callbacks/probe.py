@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler
 
 from calig.pipeline.errors import InputError
-from calig.pipeline.explainer import Explained, Explainer
+from calig.pipeline.explained import Explained
+from calig.pipeline.explainer import Explainer
 from calig.pipeline.records import explained_key
 
 Adapter = Callable[[Any], Mapping[str, Any]]
@@ -72,7 +73,7 @@ class Probe:
             transfer: Moves a collated batch to the model's device, with the module's own hooks.
 
         Raises:
-            InputError: The batch is no mapping with `input_ids`.
+            InputError: The batch is no mapping with `input_ids` or `pixel_values`.
         """
         collate = self.loader.collate_fn
         dataset: Any = self.loader.dataset
@@ -108,14 +109,18 @@ def model_inputs(batch: Any, indices: Sequence[int]) -> dict[str, Any]:
     """A validation batch as the explainer takes it; keys that mean something else in a user's data are left out.
 
     Args:
-        batch: A mapping with `input_ids` (B, T) and what else the model's forward takes.
+        batch: A mapping with `input_ids` (B, T), or `pixel_values` (B, C, H, W), and what else the model's forward
+            takes.
         indices: B dataset indices, which are the sample ids; numbers that the batch has of its own go to `own_id`.
 
     Raises:
         InputError: It is something else; the message says how to hand over an adapter.
     """
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
+    pixels = batch.get("pixel_values") if isinstance(batch, Mapping) else None
+    images = ids is None and isinstance(pixels, Tensor) and pixels.ndim == 4
+    ids = pixels if images else ids
+    if not isinstance(ids, Tensor) or ids.ndim != (4 if images else 2):
         if not isinstance(batch, Mapping):
             given = f"a {type(batch).__name__}"
         elif ids is None:
@@ -125,7 +130,8 @@ def model_inputs(batch: Any, indices: Sequence[int]) -> dict[str, Any]:
             given = f"`input_ids` {shape}"
         raise InputError(
             f"the validation loader gives {given}; AttributionCallback needs a mapping with a tensor `input_ids` "
-            "(batch, tokens), and `attention_mask` and `labels` where there are any. Say how to make it: "
+            "(batch, tokens), and `attention_mask` and `labels` where there are any; or with `pixel_values` (batch, "
+            "channels, height, width). Say how to make it: "
             "AttributionCallback(inputs=lambda batch: {'input_ids': batch[0], 'attention_mask': batch[1]})."
         )
     kept = dict(batch)
@@ -146,6 +152,9 @@ def model_inputs(batch: Any, indices: Sequence[int]) -> dict[str, Any]:
         value = kept.pop(key, None)
         if isinstance(value, Tensor) and value.shape == ids.shape and not _is_float(value):
             kept[key] = value
+    mask = kept.pop("object_mask", None)
+    if images and isinstance(mask, Tensor) and mask.ndim == 3 and len(mask) == size and not _is_float(mask):
+        kept["object_mask"] = mask
     return kept | {"sample_id": torch.tensor(list(indices))}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calig.pipeline.attribution import Attribution
 from calig.pipeline.heads import Head
+from calig.pipeline.image_rows import ImageFacts
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class BatchFacts:
         target: (B,) explained outputs.
         ids: B sample ids.
         head: How the logits are read.
+        image: What is known beside that where the input is images.
     """
 
     batch: Mapping[str, Any]
@@ -31,6 +33,7 @@ class BatchFacts:
     target: Tensor
     ids: list[int]
     head: Head = field(default_factory=Head)
+    image: ImageFacts | None = None
 
     def decision(self, i: int) -> dict[str, Any]:
         """What was predicted of sample i and what is true, as columns of its row."""

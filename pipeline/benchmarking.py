@@ -49,7 +49,7 @@ class BenchmarkRow:
 
     Attributes:
         method: The method; `random` with the control `random` is the random ranking.
-        control: `none`, `random` or `reversed`.
+        control: `none`, `random`, `reversed` or, of object masks, `centre`.
         metric: As `metric_key` spells it; also `steps_used`, `agreement` (with `other`) and `failed` (`n` of them).
         group: `all`, `short`, `medium` or `long` (thirds by evaluable tokens), `right` or `wrong` (the prediction).
         mean: Over the samples of the group.
@@ -292,7 +292,7 @@ class _Tests:
 def _place(key: Key, names: Sequence[str]) -> tuple[int, int, tuple[int, str, str]]:
     method, control, metric = key
     return (
-        ("none", "random", "reversed").index(control),
+        ("none", "random", "centre", "reversed").index(control),
         names.index(method) if method in names else -1,
         (label_of(metric).order),
     )

@@ -19,13 +19,17 @@ from torch import Tensor, nn
 from calig.pipeline.attribution import ClassLogit, ExplainableModel
 from calig.pipeline.attribution.methods import create_method
 from calig.pipeline.attribution.methods.ca_lig import CALIG
+from calig.pipeline.attribution.model import forward_inputs
 from calig.pipeline.attribution.rollout import Fusion, Ingredients
 from calig.pipeline.errors import InputError
 from calig.pipeline.heads import Head
 from calig.pipeline.loading import batch_rationale
-from calig.pipeline.metrics import PerturbationTokens, Request, bootstrap_interval, perturbed_logits, plausibility_rows
+from calig.pipeline.metrics import Request, bootstrap_interval, perturbed_logits, plausibility_rows
 from calig.pipeline.metrics.faithfulness import BINS, comprehensiveness, sufficiency
+from calig.pipeline.metrics.names import operator_name
+from calig.pipeline.metrics.patches import PatchPerturbation
 from calig.pipeline.metrics.ranking import count, rank
+from calig.pipeline.perturbers import perturber
 
 FUSIONS: tuple[Fusion, ...] = ("column", "diagonal", "gated", "late")
 SWEEPS = 2
@@ -201,8 +205,10 @@ class Calibrator:
     def __init__(self, model: nn.Module, tokenizer: Any, settings: CalibrationSettings) -> None:
         self.model = ExplainableModel(model, tokenizer=tokenizer)
         self.settings = settings
-        self.tokens = PerturbationTokens.from_tokenizer(tokenizer)
-        self.tokens.check(settings.operator)
+        self.tokens = perturber(self.model, tokenizer)
+        images = isinstance(self.tokens, PatchPerturbation)
+        self.operator = operator_name(settings.operator) if images else settings.operator
+        self.tokens.check(self.operator)
         self.head = Head()  # known with the first batch
         self._chunks: list[_Chunk] = []
 
@@ -226,7 +232,9 @@ class Calibrator:
         self._chunks.append(
             _Chunk(
                 ids,
-                {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch},
+                forward_inputs(self.model.module, batch)
+                if inputs.pixels is not None
+                else {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch},
                 Ingredients(
                     parts.evidence.cpu(), [g.cpu() for g in parts.gradients], parts.readout.cpu(), parts.mask.cpu()
                 ),
@@ -358,7 +366,7 @@ class Calibrator:
 
     def _measure(self, chunk: _Chunk, evaluable: Tensor, new: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
         """The objective for rankings of samples of a chunk, all in one call of the planner."""
-        operator = self.settings.operator
+        operator = self.operator
         whole = [Request(b, torch.ones_like(evaluable[b]), operator) for b, _ in new]
         parts = [Request(b, keep, operator) for b, ranking in new for keep in _keeps(ranking, evaluable[b])]
         with self.model.session():

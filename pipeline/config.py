@@ -35,7 +35,7 @@ BUILT_IN = {"text": "controlled", "image": "scenes"}
 GROUPS = ("model", "data", "explain", "trainer", "logger")
 """The sections that ``group=option`` fills from a file of ``configs/<group>/``."""
 
-Operator = Literal["mask", "delete", "attention"]
+Operator = Literal["mask", "delete", "attention", "blur", "mean", "drop"]
 Tokenizer = Literal["wordpiece", "byte_bpe"]
 
 
@@ -223,7 +223,10 @@ class ExplainConfig:
         "auto", "memory budget, rows times tokens; auto halves where memory runs out", low=1
     )
     target: int | Literal["predicted", "label"] = _key("predicted", "class that is explained", low=0)
-    operator: list[Operator] | Operator = _key("mask", "how the metrics remove tokens; one or a list")
+    operator: list[Operator] | Operator = _key(
+        "mask",
+        "how the metrics remove tokens or patches; one or a list (images: blur too; mean is mask, drop is delete)",
+    )
     metrics: list[str] = _key(
         list(DEFAULT_METRICS),
         "metrics of perturbed inputs and repeated explanations; those of rationales are always on",

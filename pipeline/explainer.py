@@ -18,11 +18,12 @@ from calig.pipeline.attribution.methods import create_method, method_class, take
 from calig.pipeline.batch_facts import BatchFacts
 from calig.pipeline.costs import measured
 from calig.pipeline.errors import InputError
+from calig.pipeline.explained import NON_FINITE_OUTPUT, Explained, Rows, SampleFailure
 from calig.pipeline.heads import Head
+from calig.pipeline.image_rows import image_facts, patch_numbers
 from calig.pipeline.loading import batch_rationale
 from calig.pipeline.metrics import (
     MetricError,
-    PerturbationTokens,
     faithfulness_rows,
     plausibility_rows,
     randomisation_rows,
@@ -30,11 +31,18 @@ from calig.pipeline.metrics import (
     special_share,
 )
 from calig.pipeline.metrics.faithfulness import SPACES
-from calig.pipeline.metrics.names import DEFAULT_METRICS, FAITHFULNESS_METRICS, OF_ONE_OUTPUT, PerturbationTarget
+from calig.pipeline.metrics.localisation_rows import localisation_rows
+from calig.pipeline.metrics.names import (
+    DEFAULT_METRICS,
+    FAITHFULNESS_METRICS,
+    OF_ONE_OUTPUT,
+    PerturbationTarget,
+    operator_name,
+)
+from calig.pipeline.metrics.patches import PatchPerturbation
 from calig.pipeline.metrics.rows import make_row
 from calig.pipeline.metrics.sensitivity import take_rows
-
-Rows = list[dict[str, Any]]
+from calig.pipeline.perturbers import perturbable, perturber
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class ExplainSettings:
         flows: Ids of the samples whose flow from token to token is kept, where a method knows one.
         perturbation_target: Whose accuracy `positive_auc` and `negative_auc` follow.
         dataset_length: Mean number of rationale words over the data set, None where there are no rationales.
-        plausibility: Compare with rationales where a batch has them.
+        plausibility: Compare with rationales or object masks where a batch has them.
         strict: Raise at the first failure instead of keeping it as a row.
         costs: Measure each method's passes and peak of memory beside its seconds; resets torch's memory counter.
         seed: Seed of the random controls, the noise and the fresh weights.
@@ -76,10 +84,11 @@ class ExplainSettings:
     def __post_init__(self) -> None:
         for name, options in self.methods.items():
             create_method(name, options)
+        object.__setattr__(self, "only", {operator_name(name): ids for name, ids in self.only.items()})
 
     def wanted(self, names: Iterable[str], sample_id: int) -> tuple[str, ...]:
         """Those of some metrics, operators or methods that are used on a sample."""
-        return tuple(name for name in names if name not in self.only or sample_id in self.only[name])
+        return tuple(name for name in names if sample_id in self.only.get(operator_name(name), (sample_id,)))
 
 
 def limited(ids: Iterable[int], limits: Mapping[str, int | None], seed: int) -> dict[str, frozenset[int]]:
@@ -114,58 +123,27 @@ def settings_for(
     }
 
 
-@dataclass
-class Explained:
-    """The rows of some samples, in the schemas of `calig.pipeline.records`.
-
-    Attributes:
-        explanations: One per sample and method.
-        metrics: Long form.
-        failures: `{sample_id, method, reason}`.
-        flows: One per sample and method that knows a flow, of what is kept of it.
-    """
-
-    explanations: Rows = field(default_factory=list)
-    metrics: Rows = field(default_factory=list)
-    failures: Rows = field(default_factory=list)
-    flows: Rows = field(default_factory=list)
-
-    def extend(self, other: Explained) -> None:
-        """Add the rows of other samples."""
-        self.explanations += other.explanations
-        self.metrics += other.metrics
-        self.failures += other.failures
-        self.flows += other.flows
-
-
-NON_FINITE_OUTPUT = "the model's output is not finite (NaN or infinity)"
-"""Reason of samples that the model itself fails on: nothing to explain, and a sign that its weights are broken."""
-
-
-class SampleFailure(RuntimeError):
-    """A sample or a method failed and `strict` was set."""
-
-
 class Explainer:
-    """Explains batches of a text classifier.
+    """Explains batches of a classifier of texts or images.
 
     Args:
         model: The live model, unwrapped.
-        tokenizer: Of the model. Without one, tokens are shown as ids and only operators that need no token work.
+        tokenizer: Of the model. Without one, tokens are shown as ids and only operators that need no token work. Of
+            images the processor, which knows their colours; without one the mean colour is taken for 0.
         settings: What to compute.
 
     Raises:
         UnsupportedModelError: The model's blocks cannot be found.
-        InputError: An operator that the tokenizer cannot do.
+        InputError: An operator that the tokenizer, or the model of images, cannot do.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, settings: ExplainSettings) -> None:
         self.model = ExplainableModel(model, tokenizer=tokenizer, max_tokens_per_pass=settings.max_tokens_per_pass)
         self.tokenizer = tokenizer
         self.settings = settings
-        self.tokens = perturbation_tokens(model, tokenizer)
+        self.tokens = perturber(self.model, tokenizer)
         for operator in settings.operators:
-            self.tokens.check(operator)
+            self.tokens.check(self._operator(operator))
 
     def explain(self, batch: Mapping[str, Any]) -> Explained:
         """Explain a batch.
@@ -173,7 +151,9 @@ class Explainer:
         Args:
             batch: The model's inputs, each (B, T), and what stands beside them: `sample_id` (B,); `labels` (B,),
                 `special_tokens_mask`, `word_ids` (-1 on special tokens), `rationale` (-1 on special tokens; each
-                (B, T)) and `rationale_missed` (B,) where known; of pairs `segment` (B, T).
+                (B, T)) and `rationale_missed` (B,) where known; of pairs `segment` (B, T). Of images `pixel_values`
+                (B, C, H, W) and, where known, `object_mask` (B, H, W): 1 on the object, 0 beside it, -1 for an example
+                without one.
 
         A batch that does not fit into memory is halved until it does; a sample that does not fit alone is a failure.
 
@@ -258,9 +238,13 @@ class Explainer:
                 if cost.peak_memory is not None:
                     costs[name]["peak_memory"] = cost.peak_memory
                 results[name] = result
+        image = image_facts(self.model, inputs)
+        if image is not None:
+            batch = {**batch, "word_ids": patch_numbers(inputs.special)}
+            rows.files = image.files(ids, batch, self.tokenizer)
         mask, logits = inputs.mask.cpu(), logits.detach().float().cpu()
         for k, of_target in enumerate(target.cpu().unbind(1)):
-            facts = BatchFacts(batch, mask, logits, of_target, ids, head)
+            facts = BatchFacts(batch, mask, logits, of_target, ids, head, image)
             found = self._rows(facts, {name: own[k] for name, own in results.items()}, costs if comparable else None)
             if k:
                 found.flows = []  # the same for every target
@@ -334,7 +318,7 @@ class Explainer:
         layers = result.layer_scores
         return {
             "sample_id": facts.ids[i],
-            "tokens": self.token_texts(facts.batch["input_ids"][i][real.to(facts.batch["input_ids"].device)]),
+            **self._what_was_read(facts, result, i),
             "word_ids": facts.word_ids(i, result.special[i]),
             "scores": result.scores[i, real].tolist(),
             "layer_scores": None if layers is None else layers[i][:, real].tolist(),
@@ -347,6 +331,16 @@ class Explainer:
             "rationale": facts.token_rationale(i),
             "segment": facts.segment(i),
         }
+
+    def _what_was_read(self, facts: BatchFacts, result: Attribution, i: int) -> dict[str, Any]:
+        """The columns that texts and images fill differently."""
+        if facts.image is not None:
+            return facts.image.columns(i, facts.ids[i], result.special[i], facts.batch)
+        ids = facts.batch["input_ids"][i]
+        return {"tokens": self.token_texts(ids[facts.mask[i].to(ids.device)])}
+
+    def _operator(self, name: str) -> str:
+        return operator_name(name) if isinstance(self.tokens, PatchPerturbation) else name
 
     def token_texts(self, ids: Tensor) -> list[str]:
         """The tokens of (T,) ids as the tokenizer spells them."""
@@ -399,26 +393,31 @@ class Explainer:
                 metrics = tuple(name for name in metrics if name in OF_ONE_OUTPUT)
             if not metrics:
                 continue
-            index = torch.tensor(group, device=facts.batch["input_ids"].device)
-            keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in facts.batch]
-            batch = {key: facts.batch[key][index] for key in keys}
-            batch.setdefault("attention_mask", facts.mask[group].to(batch["input_ids"]))
             rows += faithfulness_rows(
                 self.model.logits_of_batch,
-                batch,
+                perturbable(self.model, facts, group),
                 {name: result.scores[group] for name, result in results.items() if name != "random"},
                 target=first.target[group],
                 special=first.special[group],
                 mask=facts.mask[group],
                 sample_ids=[facts.ids[i] for i in group],
                 tokens=self.tokens,
-                operators=operators,
+                operators=tuple(dict.fromkeys(map(self._operator, operators))),
                 metrics=metrics,
                 spaces=spaces,
                 labels=None if classes is None else classes[group],
                 scale=facts.head.scale or "softmax",
                 threshold=facts.head.threshold,
                 perturbation_target=self.settings.perturbation_target,
+                seed=self.settings.seed,
+            )
+        if self.settings.plausibility and facts.image is not None and "object_mask" in facts.batch:
+            rows += localisation_rows(
+                scores,
+                facts.batch["object_mask"][usable],
+                special=first.special[usable],
+                grid=facts.image.grid,
+                sample_ids=ids,
                 seed=self.settings.seed,
             )
         rationales = [batch_rationale(facts.batch, i) for i in usable]
@@ -488,14 +487,3 @@ def scalar_key(prefix: str, method: str, control: str, metric: str) -> str:
     """Spell a scalar's key: `<prefix>/<method>/<metric>`, controls as `<prefix>/random/...` and `.../reversed/...`."""
     middle = f"{method}/reversed" if control == "reversed" else method
     return f"{prefix}/{middle}/{metric}"
-
-
-def perturbation_tokens(model: nn.Module, tokenizer: Any) -> PerturbationTokens:
-    """The ids that perturbed inputs are built with: the tokenizer's, else what the model's config names."""
-    if tokenizer is not None:
-        return PerturbationTokens.from_tokenizer(tokenizer)
-    config = getattr(model, "config", None)
-    first = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos")]
-    pad = getattr(config, "pad_token_id", None)
-    empty = next((token for token in first if token is not None), None)
-    return PerturbationTokens(pad_id=0 if pad is None else pad, empty_id=empty)

@@ -18,7 +18,8 @@ from calig.pipeline.records import explained_key
 if TYPE_CHECKING:
     from torch import nn
 
-    from calig.pipeline.explainer import Explained, ExplainSettings
+    from calig.pipeline.explained import Explained
+    from calig.pipeline.explainer import ExplainSettings
 
 Text = str | list[str]
 
@@ -77,7 +78,7 @@ def explain(
     rows = []
     for explained in explain_batches(opened, texts, text_pairs, settings, batch_size):
         if explained.failures:
-            from calig.pipeline.explainer import SampleFailure
+            from calig.pipeline.explained import SampleFailure
 
             first = explained.failures[0]
             raise SampleFailure(f"text {first['sample_id']} was not explained by '{method}': {first['reason']}")
@@ -87,11 +88,10 @@ def explain(
 
 
 def curve_operator(opened: Opened) -> str:
-    """How perturbation curves remove words: by the tokenizer's mask token, else by hiding them from attention."""
-    from calig.pipeline.explainer import perturbation_tokens
+    """How perturbation curves remove words or patches: see `default_operator`."""
+    from calig.pipeline.perturbers import default_operator
 
-    known = perturbation_tokens(opened.model, opened.tokenizer)
-    return "attention" if known.mask_id is None else "mask"
+    return default_operator(opened.model, opened.tokenizer)
 
 
 def _with_curves(explained: Explained) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -49,6 +50,9 @@ class Explanation:
         error_bound: The bound on that gap measured from the path itself, where there is one.
         steps_used: Nodes of the path; 1 without a path.
         converged: Whether the bound (else the gap) stayed within the tolerance.
+        grid: Rows and columns of an image's patches, whose tokens are then those patches; None for a text.
+        picture: PNG of the image, where it is there.
+        mask: PNG of its object, white on black, where it is known.
         curves: `none` (the method's own ranking) and the controls `reversed` and `random` -> perturbation curves
             (`calig.pipeline.perturbation`); None where they were not measured.
         label_names: Class names in the order of their indices; without them classes are shown as numbers.
@@ -75,6 +79,9 @@ class Explanation:
     error_bound: float | None = None
     steps_used: int = 1
     converged: bool = True
+    grid: tuple[int, int] | None = None
+    picture: bytes | None = None
+    mask: bytes | None = None
     curves: Mapping[str, Curves] | None = None
     label_names: tuple[str, ...] = ()
     segment: tuple[int | None, ...] | None = None
@@ -86,9 +93,20 @@ class Explanation:
 
     @classmethod
     def from_row(
-        cls, row: Mapping[str, Any], label_names: Sequence[str] = (), segment_names: Sequence[str] = SEGMENTS
+        cls,
+        row: Mapping[str, Any],
+        label_names: Sequence[str] = (),
+        segment_names: Sequence[str] = SEGMENTS,
+        folder: str | Path | None = None,
     ) -> Explanation:
-        """From a row as explanations are kept (`load_explanations`, `calig.pipeline.records`)."""
+        """From a row as explanations are kept (`load_explanations`, `calig.pipeline.records`).
+
+        Args:
+            row: The row.
+            label_names: Class names in the order of their indices.
+            segment_names: What the texts of a pair are called.
+            folder: The run directory, where the pictures of images are.
+        """
         layers = row.get("layer_scores")
         word_ids, rationale = row.get("word_ids"), row.get("rationale")
         names = ("method", "prediction", "target", "probability", "sample_id", "label")
@@ -104,6 +122,9 @@ class Explanation:
             rationale=None if rationale is None else tuple(rationale),
             label_names=tuple(label_names),
             segment_names=tuple(segment_names),
+            grid=None if row.get("grid") is None else tuple(row["grid"]),
+            picture=_file(row, "picture", "image_ref", folder),
+            mask=_file(row, "mask", "mask_ref", folder),
             **lists,
             **{name: row[name] for name in (*names, *more) if name in row},
         )
@@ -115,7 +136,12 @@ class Explanation:
 
     @property
     def text(self) -> str:
-        """What the model read, without special tokens; normalised and cut as the tokenizer does it."""
+        """What the model read, without special tokens; normalised and cut as the tokenizer does it.
+
+        Of an image, its number of patches.
+        """
+        if self.grid is not None:
+            return f"{self.grid[0]} x {self.grid[1]} patches"
         shown = [word for word in self.words if not word.special]
         return "".join((" " if word.space and i else "") + word.text for i, word in enumerate(shown))
 
@@ -158,8 +184,13 @@ class Explanation:
             parts.append("not converged")
         return parts
 
+    def patches(self, scores: Sequence[float] | None = None) -> list[float]:
+        """The scores of an image's patches, row by row; of the decision unless others are given."""
+        scores = self.scores if scores is None else scores
+        return [score for score, word in zip(scores, self.word_ids or (), strict=True) if word is not None]
+
     def plot_layers(self, *, per_layer: bool = False) -> Figure:
-        """Heatmap of blocks x tokens, block 1 at the bottom.
+        """Heatmap of blocks x tokens, block 1 at the bottom; of an image, the map of every block over the picture.
 
         Args:
             per_layer: Divide each block's row by its own largest absolute value.
@@ -169,6 +200,14 @@ class Explanation:
         """
         from calig.pipeline.render.figures import layer_heatmap_figure
 
+        if self.grid is not None:
+            from calig.pipeline.render.image import layer_strip_figure
+
+            maps = [self.patches(layer) for layer in self._layers()]
+            own, title = self.patches(), self.summary()
+            return _shown(
+                layer_strip_figure(self.picture, maps, self.grid, own, title, per_layer=per_layer, mask=self.mask)
+            )
         labels = [self.tokens[i] for i in range(len(self.tokens))]
         byte_level = any(token.startswith(("Ġ", "Ċ")) for token in labels)
         for word in self.words:
@@ -213,36 +252,49 @@ class Explanation:
                 "explain(..., curves=True) measures them."
             )
         names = {"none": self.method, "random": "random", "reversed": "reversed"}
+        unit = "words" if self.grid is None else "patches"
+        titles = {REMOVED: f"most relevant {unit} removed", KEPT: f"only the most relevant {unit} kept"}
         panels = {
             title: {name: self.curves[key][kind] for key, name in names.items() if kind in self.curves.get(key, {})}
-            for kind, title in ((REMOVED, "most relevant words removed"), (KEPT, "only the most relevant words kept"))
+            for kind, title in titles.items()
         }
         return _shown(curves_figure({title: lines for title, lines in panels.items() if lines}, self.summary()))
 
     def _repr_html_(self) -> str:
-        text = token_html(
-            self.tokens,
-            self.scores,
-            word_ids=self.word_ids,
-            rationale=self._word_rationale(),
-            title=self.summary(),
-            legend=True,
-            segment=self.segment,
-            segment_names=self.segment_names,
-        )
+        if self.grid is not None:
+            from calig.pipeline.render.image import image_html
+
+            names = [word.text for word in self.words if not word.special]
+            own, title = self.patches(), self.summary()
+            text = image_html(self.picture, own, self.grid, names=names, title=title, mask=self.mask, legend=True)
+        else:
+            text = token_html(
+                self.tokens,
+                self.scores,
+                word_ids=self.word_ids,
+                rationale=self._word_rationale(),
+                title=self.summary(),
+                legend=True,
+                segment=self.segment,
+                segment_names=self.segment_names,
+            )
         profile = self.layer_profile
         return text if not profile else f"<div>{text}{_profile_html(profile)}</div>"
 
     def __rich__(self) -> Group:
-        rationale = self._word_rationale()
-        tokens = token_text(
-            self.tokens,
-            self.scores,
-            word_ids=self.word_ids,
-            rationale=rationale,
-            segment=self.segment,
-            segment_names=self.segment_names,
-        )
+        if self.grid is not None:
+            from calig.pipeline.render.image import grid_text
+
+            tokens = grid_text(self.patches(), self.grid)
+        else:
+            tokens = token_text(
+                self.tokens,
+                self.scores,
+                word_ids=self.word_ids,
+                rationale=self._word_rationale(),
+                segment=self.segment,
+                segment_names=self.segment_names,
+            )
         lines = [Text(self.summary(), style="bold"), tokens, *self._numbers()]
         for line in lines:
             line.plain = _CONTROL.sub("�", line.plain)  # of the same length, so the styles stay where they are
@@ -286,6 +338,14 @@ class Explanation:
         if self.rationale is None or self.word_ids is None:
             return None
         return rationale_by_word({"rationale": self.rationale, "word_ids": self.word_ids})
+
+
+def _file(row: Mapping[str, Any], key: str, ref: str, folder: str | Path | None) -> bytes | None:
+    """The content of a file that a row refers to: in the row itself, or where it lies in a run directory."""
+    if row.get(key) is not None or folder is None or row.get(ref) is None:
+        return row.get(key)
+    path = Path(folder) / row[ref]
+    return path.read_bytes() if path.is_file() else None
 
 
 def _profile_html(profile: Sequence[float]) -> str:

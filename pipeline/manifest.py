@@ -1,8 +1,9 @@
 """Which samples of a run are explained: a manifest per shard, and what a broken-off session left behind.
 
-A shard is up to three parquet files of one name, in `explanations/`, `metrics/` and `flow/`, and its manifest in
-`manifest/`. The manifest is written last and makes the shard count: it names the samples, what failed, and the size and
-checksum of the files. So a job that was killed leaves whole shards and pieces that can be told from them.
+A shard is up to three parquet files of one name, in `explanations/`, `metrics/` and `flow/`, the pictures of its
+samples in `images/`, and its manifest in `manifest/`. The manifest is written last and makes the shard count: it names
+the samples, what failed, and the size and checksum of the files. So a job that was killed leaves whole shards and
+pieces that can be told from them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from calig.pipeline.errors import InputError
-from calig.pipeline.explainer import Explained
-from calig.pipeline.records import EXPLANATION_SCHEMA, FLOW_SCHEMA, METRIC_SCHEMA, Digest, write_json, write_table
+from calig.pipeline.explained import Explained
+from calig.pipeline.image_rows import FOLDER as IMAGES
+from calig.pipeline.records import (
+    EXPLANATION_SCHEMA,
+    FLOW_SCHEMA,
+    METRIC_SCHEMA,
+    Digest,
+    atomic_write,
+    write_json,
+    write_table,
+)
 
 _FOLDERS = ("explanations", "metrics", "flow")
 _ASKED = ("methods", "split", "target", "operator", "metrics", "limits", "flows", "perturbation_target")
@@ -57,6 +67,13 @@ def write_shard(run: Path, name: str, rows: Explained, metadata: Mapping[str, An
         OSError: Something cannot be written; the samples do not count then.
     """
     files: dict[str, Digest] = {}
+    refs = {row[key] for row in rows.explanations for key in ("image_ref", "mask_ref") if row.get(key)}
+    for place in sorted(refs & rows.files.keys()):
+        # Written whole or not at all, and perhaps with other methods before: that file has its digest elsewhere too.
+        if not (run / place).exists():
+            (run / place).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(run / place, rows.files[place])
+        files[place] = Digest.of(run / place)
     for folder, table, schema, extra in (
         ("metrics", rows.metrics, METRIC_SCHEMA, None),
         ("flow", rows.flows, FLOW_SCHEMA, None),
@@ -107,6 +124,7 @@ def take_up(run: Path) -> Standing:
     """
     standing = Standing()
     kept: set[str] = set()
+    pictures: set[str] = set()
     for path in _manifests(run):
         try:
             manifest = json.loads(path.read_text(encoding="utf8"))
@@ -119,6 +137,7 @@ def take_up(run: Path) -> Standing:
             path.unlink()
             continue
         kept.add(path.stem)
+        pictures.update(manifest["files"])
         samples: set[int] = set()
         for group in manifest["explained"]:
             samples.update(group["samples"])
@@ -137,7 +156,10 @@ def take_up(run: Path) -> Standing:
         for file in (run / folder).glob("part-*.parquet"):
             if file.stem not in kept:
                 file.unlink()
-    for folder in ("manifest", *_FOLDERS):
+    for file in (run / IMAGES).glob("*.png"):
+        if f"{IMAGES}/{file.name}" not in pictures:
+            file.unlink()
+    for folder in ("manifest", IMAGES, *_FOLDERS):
         for file in (run / folder).glob(".*.tmp"):
             file.unlink()
     return standing

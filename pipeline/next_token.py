@@ -350,8 +350,8 @@ def _curves(
     probability: float,
 ) -> dict[str, Curves]:
     """Control -> what is left of a next token's probability as tokens of its prompt go, or stay alone."""
-    from calig.pipeline.explainer import perturbation_tokens
     from calig.pipeline.metrics import faithfulness_rows
+    from calig.pipeline.perturbers import perturbation_tokens
 
     one = slice(i, i + 1)
     with model.session():

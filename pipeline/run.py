@@ -273,7 +273,12 @@ class RunContext:
             seed=self.config.seed,
             max_tokens_per_pass=config.max_tokens_per_pass,
         )
-        return Explainer(self.module.model, self.data.tokenizer, settings)
+        return Explainer(self.module.model, self.reader, settings)
+
+    @property
+    def reader(self) -> Any:
+        """What knows how the data become the model's inputs: the tokenizer, or the processor of images."""
+        return getattr(self.data, "processor", None) or self.data.tokenizer
 
     def prepare(self, stages: list[str]) -> None:
         """Read the data, build the model and check what later stages will ask: a mistake shows now, not in hours.
@@ -314,14 +319,16 @@ class RunContext:
 
     def _prepare_calibration(self) -> None:
         """Check what the calibrate stage will ask; see `prepare`."""
-        from calig.pipeline.explainer import perturbation_tokens
+        from calig.pipeline.attribution import ExplainableModel
+        from calig.pipeline.metrics.names import operator_name
+        from calig.pipeline.perturbers import perturber
 
         chosen, data = self.config.calibrate, self.data
         rows = data.dataset(chosen.split).rows
-        perturbation_tokens(self.module.model, data.tokenizer).check(chosen.operator)
+        perturber(ExplainableModel(self.module.model), self.reader).check(operator_name(chosen.operator))
         if self.config.explain.target == "label" and not data.has_labels(chosen.split):
             raise InputError(f"explain.target=label needs labels, and the {chosen.split} split has none.")
-        marked = any(mark >= 0 for row in rows for mark in row["rationale"])
+        marked = any(mark >= 0 for row in rows for mark in row.get("rationale", ()))
         if chosen.objective in ("token_f1", "auprc") and not marked:
             raise InputError(
                 f"calibrate.objective={chosen.objective} needs rationales, and the {chosen.split} split has none. "
@@ -476,7 +483,7 @@ def headlines(directory: RunDirectory, config: Config) -> dict[str, str]:
             found[f"{split} {name}"] = number(summary.get(f"{split}/{name}"), name)
         if measured:
             break
-    for name in ("comprehensiveness", "sufficiency", "token_f1", "completeness_gap"):
+    for name in ("comprehensiveness", "sufficiency", "token_f1", "mask_auprc", "completeness_gap"):
         if f"explain/{method}/{name}" not in summary:
             name += ON_OUTPUT
         value, control = (summary.get(f"explain/{who}/{name}") for who in (method, "random"))

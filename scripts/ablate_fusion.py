@@ -34,10 +34,10 @@ from calig.pipeline.attribution.rollout import Ingredients
 from calig.pipeline.calibrating import CalibrationSettings, Calibrator, Candidate
 from calig.pipeline.compose import load
 from calig.pipeline.console import Console
-from calig.pipeline.explainer import perturbation_tokens
 from calig.pipeline.loading import batch_rationale
 from calig.pipeline.metrics import bootstrap_interval, faithfulness_rows, plausibility_rows
 from calig.pipeline.metrics.rows import metric_key
+from calig.pipeline.perturbers import perturbation_tokens
 from calig.pipeline.run import RunContext, RunDirectory
 
 METRICS = ("comprehensiveness", "sufficiency", "token_f1", "auprc")

@@ -273,7 +273,7 @@ ERRORS = {
     "operator": ("explain.operator=delet", "explain.operator: expected", "Did you mean 'delete'?"),
     "operators": (
         "explain.operator=[mask,delet]",
-        "explain.operator[1]: expected mask | delete | attention, got 'delet'",
+        "explain.operator[1]: expected mask | delete | attention | blur | mean | drop, got 'delet'",
     ),
     "no operator": ("explain.operator=[]", "explain.operator: expected at least one, got []"),
     "list": ("explain.methods=ca_lig", "explain.methods: expected list[str]", "explain.methods=[ca_lig]"),

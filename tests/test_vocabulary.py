@@ -3,7 +3,7 @@
 import pytest
 from language_models import byte_level_tokenizer, sentence_piece_tokenizer
 
-from calig.datamodules.tokenization import train_byte_pairs, train_wordpiece
+from calig.datamodules.trained_tokenizers import train_tokenizer, train_wordpiece
 from calig.pipeline.errors import InputError
 from calig.pipeline.vocabulary import quoted, spelled_tokens, token_text
 
@@ -33,7 +33,7 @@ def test_a_blank_in_front_is_part_of_the_token(byte_level, sentence_piece):
 
 def test_tokenizers_without_two_forms_of_a_word():
     assert named(train_wordpiece(TEXTS, 200), "plot") == ["plot"]
-    assert named(train_byte_pairs(TEXTS * 5, 400), "plot") == ["Ġplot"]
+    assert named(train_tokenizer("byte_bpe", TEXTS * 5, 400), "plot") == ["Ġplot"]
 
 
 def test_line_breaks_punctuation_special_tokens_and_ids(byte_level, sentence_piece):

@@ -5,12 +5,13 @@ Shapes: B images of C channels, height H and width W, as the model takes them: a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from calig.pipeline.errors import InputError
+from calig.pipeline.errors import InputError, unknown
 
 BLUR = 1 / 20  # standard deviation of the blur as a share of the longer side: 11 pixels at 224
 
@@ -42,6 +43,66 @@ def baseline_pixels(pixels: Tensor, baseline: str, processor: Any) -> Tensor:
     raise InputError(f"baseline '{baseline}' is for text; images take black, mean, blur or zero.")
 
 
+def patch_grid(height: int, width: int, count: int, patch_size: Any = None) -> tuple[int, int]:
+    """Rows and columns of an image's patches, in the order of its positions: row by row.
+
+    Args:
+        height: H.
+        width: W.
+        count: Number of patches.
+        patch_size: Side of a patch in pixels, or (height, width), as the model's config says it; without one, or where
+            it does not fit, patches are taken for squares.
+
+    Raises:
+        InputError: No grid of that many patches fits the image.
+
+    Example:
+        >>> patch_grid(32, 64, 8), patch_grid(32, 64, 16, (16, 8))
+        ((2, 4), (2, 8))
+    """
+    if patch_size is not None:
+        tall, wide = patch_size if isinstance(patch_size, Sequence) else (patch_size, patch_size)
+        if (height // tall) * (width // wide) == count:
+            return height // tall, width // wide
+    rows = round((count * height / width) ** 0.5)
+    columns = round((count * width / height) ** 0.5)
+    if rows * columns != count or not count:
+        raise InputError(f"an image of {height} x {width} pixels has no grid of {count} square patches.")
+    return rows, columns
+
+
+def to_pixels(
+    scores: Tensor, grid: tuple[int, int], size: tuple[int, int], how: Literal["nearest", "bilinear"] = "bilinear"
+) -> Tensor:
+    """Spread the scores of patches over an image's pixels.
+
+    Args:
+        scores: (..., N) scores, row by row.
+        grid: Rows and columns; their product is N.
+        size: Height and width of the map.
+        how: `nearest` gives every pixel its patch's score; `bilinear` puts the score in the patch's middle and draws
+            straight lines between the middles, beyond the outermost of them it continues the edge.
+
+    Returns:
+        (..., H, W).
+
+    Raises:
+        InputError: N is no such grid, or ``how`` is unknown.
+
+    Example:
+        >>> to_pixels(torch.tensor([0.0, 1.0]), (1, 2), (1, 4)).tolist()
+        [[0.0, 0.25, 0.75, 1.0]]
+    """
+    if how not in ("nearest", "bilinear"):
+        raise unknown("interpolation", how, ("nearest", "bilinear"))
+    if scores.shape[-1] != grid[0] * grid[1]:
+        raise InputError(f"{scores.shape[-1]} scores are no grid of {grid[0]} x {grid[1]} patches.")
+    maps = scores.reshape(-1, 1, *grid)
+    smooth = {"align_corners": False} if how == "bilinear" else {}
+    spread = nn.functional.interpolate(maps, size=size, mode="nearest-exact" if how == "nearest" else how, **smooth)
+    return spread.reshape(*scores.shape[:-1], *size)
+
+
 def blur(pixels: Tensor, sigma: float) -> Tensor:
     """Blur images with a Gaussian, cut off at three standard deviations, edges continued outwards.
 
@@ -63,15 +124,20 @@ def blur(pixels: Tensor, sigma: float) -> Tensor:
     return nn.functional.conv2d(rows, kernel.transpose(2, 3), groups=pixels.shape[1])
 
 
-def _colour(pixels: Tensor, processor: Any, *, black: bool) -> Tensor:
-    """One colour per channel, taken through the processor's scaling and normalisation."""
+def normalisation(processor: Any) -> tuple[Any, Any, bool]:
+    """Mean and standard deviation per channel that an image processor knows, and whether it normalises by them."""
     processor = getattr(processor, "image_processor", processor)
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
-    normalised = getattr(processor, "do_normalize", False) and mean is not None and std is not None
+    return mean, std, bool(getattr(processor, "do_normalize", False)) and mean is not None and std is not None
+
+
+def _colour(pixels: Tensor, processor: Any, *, black: bool) -> Tensor:
+    """One colour per channel, taken through the processor's scaling and normalisation."""
+    mean, std, normalised = normalisation(processor)
     if mean is None and not black:
+        name = type(getattr(processor, "image_processor", processor)).__name__
         raise InputError(
-            f"baseline 'mean' needs the mean colour, and {type(processor).__name__} has no `image_mean`; take 'black' "
-            "or 'blur'."
+            f"baseline 'mean' needs the mean colour, and {name} has no `image_mean`; take 'black' or 'blur'."
         )
     # `image_mean` is in the unit that pixels have after rescaling.
     raw = torch.zeros(pixels.shape[1]) if black else _per_channel(mean, pixels)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from calig.pipeline.metrics.perturbation import TOKEN_BUDGET, Forward, Request
 from calig.pipeline.metrics.ranking import count, random_rank, random_scores, rank, reverse
 from calig.pipeline.metrics.readings import SPACES, Readings, Scale, read_requests
 from calig.pipeline.metrics.rows import MetricError, Row, make_row
+
+if TYPE_CHECKING:
+    from calig.pipeline.metrics.patches import Perturber
 
 BINS = (0.01, 0.05, 0.1, 0.2, 0.5)  # ERASER's
 _IN_BOTH_SPACES = ("comprehensiveness", "sufficiency", "deletion_auc", "insertion_auc")
@@ -95,7 +98,7 @@ def faithfulness_rows(
     special: Tensor,
     mask: Tensor,
     sample_ids: Sequence[int],
-    tokens: PerturbationTokens,
+    tokens: Perturber,
     metrics: Sequence[str] = DEFAULT_METRICS,
     bins: Sequence[float] = BINS,
     operators: Sequence[str] = ("mask",),
@@ -130,16 +133,16 @@ def faithfulness_rows(
 
     Args:
         forward: (n, C) logits of a padded batch, see `perturbed_logits`.
-        batch: (B, T) `input_ids`, `attention_mask` and perhaps `token_type_ids`.
+        batch: (B, T) `input_ids`, `attention_mask` and perhaps `token_type_ids`; or `pixel_values` (B, C, H, W).
         scores: Method -> (B, T) scores; special tokens and padding are not looked at.
         target: (B,) the explained class, fixed for all perturbed inputs.
         special: (B, T) bool, special tokens.
         mask: (B, T) bool, real positions.
         sample_ids: B ids.
-        tokens: The ids that perturbed texts are built with.
+        tokens: The ids that perturbed texts are built with; of images a `PatchPerturbation`.
         metrics: Of `FAITHFULNESS_METRICS`.
         bins: Shares q, multiples of 0.001.
-        operators: Of `mask`, `delete`, `attention`.
+        operators: Of `mask`, `delete`, `attention`; of images `blur`, too.
         spaces: Of `probability`, `logit`.
         perturbation_target: What `positive_auc` and `negative_auc` compare the prediction with: the `prediction` for
             the whole input, or the `label`.
@@ -156,7 +159,8 @@ def faithfulness_rows(
     """
     ids = [int(i) for i in torch.as_tensor(sample_ids).tolist()]
     metrics = list(dict.fromkeys(metrics))
-    _check(batch, scores, target, special, mask, ids, bins, operators, spaces)
+    texts = isinstance(tokens, PerturbationTokens)
+    _check(batch if texts else None, scores, target, special, mask, ids, bins, operators, spaces)
     _check_metrics(metrics, perturbation_target, labels, len(ids))
     for operator in operators:
         tokens.check(operator)
@@ -335,7 +339,7 @@ def _check_metrics(metrics: Sequence[str], perturbation_target: str, labels: Ten
 
 
 def _check(
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor] | None,
     scores: Mapping[str, Tensor],
     target: Tensor,
     special: Tensor,
@@ -345,16 +349,17 @@ def _check(
     operators: Sequence[str],
     spaces: Sequence[str],
 ) -> None:
-    if "input_ids" not in batch:
+    if batch is not None and "input_ids" not in batch:
         raise InputError(f"the batch lacks 'input_ids'. It has: {', '.join(batch) or 'nothing'}.")
-    shape = batch["input_ids"].shape
+    # Of images, what the engine said of the positions is all there is to compare with.
+    shape, like = (special.shape, "special") if batch is None else (batch["input_ids"].shape, "input_ids")
     for name, tensor in {
         "special": special,
         "mask": mask,
         **{f"scores of '{m}'": s for m, s in scores.items()},
     }.items():
         if tensor.shape != shape:
-            raise InputError(f"{name} has the shape {tuple(tensor.shape)}, expected {tuple(shape)} like input_ids.")
+            raise InputError(f"{name} has the shape {tuple(tensor.shape)}, expected {tuple(shape)} like {like}.")
     if target.shape != shape[:1] or len(ids) != shape[0]:
         raise InputError(
             f"target {tuple(target.shape)} and {len(ids)} sample ids do not fit a batch of {shape[0]} examples."

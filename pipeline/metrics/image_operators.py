@@ -1,4 +1,6 @@
-"""What it means to remove patches from an image: the operators `mask` and `blur` (METRICS 1).
+"""What it means to remove patches from an image's pixels: the operators `mask` and `blur` (METRICS 1).
+
+`delete` and `attention` take them away inside the model: `calig.pipeline.metrics.patches`.
 
 Shapes: B images, C channels, H x W pixels, R requests, N = rows x columns patches, row by row.
 """
@@ -57,15 +59,26 @@ def perturb_image(
         [[[[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]]]
     """
     _check(pixels, example, keep, operator, grid)
-    height, width = pixels.shape[2] // grid[0], pixels.shape[3] // grid[1]
-    if operator == "mask":
-        filled = _mean_image(pixels, mean)
-    else:
-        filled = blur(pixels, max(height, width) / 2 if sigma is None else sigma)
+    filled = patch_filling(pixels, operator, grid=grid, mean=mean, sigma=sigma)
     index = torch.as_tensor(example, dtype=torch.long, device=pixels.device)
+    return paste_patches(pixels[index], filled[index], keep, grid)
+
+
+def patch_filling(
+    pixels: Tensor, operator: str, *, grid: tuple[int, int], mean: Tensor | None = None, sigma: float | None = None
+) -> Tensor:
+    """(B, C, H, W) what `perturb_image` puts in the place of patches; arguments as there."""
+    if operator == "mask":
+        return _mean_image(pixels, mean)
+    side = max(pixels.shape[2] // grid[0], pixels.shape[3] // grid[1])
+    return blur(pixels, side / 2 if sigma is None else sigma)
+
+
+def paste_patches(pixels: Tensor, filled: Tensor, keep: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(R, C, H, W) images with the patches outside `keep` (R, N) taken from `filled`, both of that shape."""
     stays = keep.to(pixels.device, torch.bool).view(-1, 1, *grid)
-    stays = stays.repeat_interleave(height, 2).repeat_interleave(width, 3)
-    return torch.where(stays, pixels[index], filled[index])
+    stays = stays.repeat_interleave(pixels.shape[2] // grid[0], 2).repeat_interleave(pixels.shape[3] // grid[1], 3)
+    return torch.where(stays, pixels, filled)
 
 
 def _mean_image(pixels: Tensor, mean: Tensor | None) -> Tensor:
@@ -83,7 +96,7 @@ def _mean_image(pixels: Tensor, mean: Tensor | None) -> Tensor:
 def _check(pixels: Tensor, example: Sequence[int], keep: Tensor, operator: str, grid: tuple[int, int]) -> None:
     if operator in _OF_THE_ENGINE:
         raise InputError(
-            f"the operator '{operator}' drops patch tokens inside the model, which pixels cannot express; images take "
+            f"the operator '{operator}' drops patch tokens inside the model, which pixels cannot express; pixels take "
             "'mask' or 'blur'."
         )
     if operator not in IMAGE_OPERATORS:

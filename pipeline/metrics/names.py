@@ -34,3 +34,16 @@ METRICS: tuple[str, ...] = (*FAITHFULNESS_METRICS, *REPEATED_METRICS)
 
 PerturbationTarget = Literal["prediction", "label"]
 PERTURBATION_TARGETS: tuple[PerturbationTarget, ...] = get_args(PerturbationTarget)
+
+IMAGE_NAMES = {"mean": "mask", "drop": "delete"}
+"""Of images two operators have a second name, which says what happens to a patch; rows and keys have the first."""
+
+
+def operator_name(operator: str) -> str:
+    """The name that rows and keys have for an operator, whichever of its names is given.
+
+    Example:
+        >>> operator_name("mean"), operator_name("blur")
+        ('mask', 'blur')
+    """
+    return IMAGE_NAMES.get(operator, operator)

@@ -62,7 +62,7 @@ class PerturbationTokens:
     def check(self, operator: str) -> None:
         """Raise InputError if texts cannot be perturbed by ``operator`` with these tokens."""
         if operator not in OPERATORS:
-            raise unknown("operator", operator, OPERATORS)
+            raise unknown("operator on texts", operator, OPERATORS)
         if operator == "mask" and self.mask_id is None:
             raise InputError(
                 "the operator 'mask' needs a mask token, or an unknown token that is no other special token, and the "

@@ -5,14 +5,17 @@ Shapes: B examples, T positions of the batch, R requests, U distinct inputs amon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from calig.pipeline.errors import InputError
 from calig.pipeline.metrics.operators import TEXT_KEYS, PerturbationTokens, perturb_text
+
+if TYPE_CHECKING:
+    from calig.pipeline.metrics.patches import Perturber
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
 TOKEN_BUDGET = 8192  # 64 texts of 128 tokens: full batches on a GPU, still small in a CPU's memory
@@ -39,12 +42,12 @@ def perturbed_logits(
     batch: Mapping[str, Tensor],
     requests: Sequence[Request],
     *,
-    tokens: PerturbationTokens,
+    tokens: Perturber,
     special: Tensor,
     mask: Tensor,
     token_budget: int = TOKEN_BUDGET,
 ) -> Tensor:
-    """Run all requests of a batch of texts and return their logits in the order of the requests.
+    """Run all requests of a batch of texts or images and return their logits in the order of the requests.
 
     Pass everything that is asked of a batch (all bins, methods, controls and operators) in one call: identical inputs
     run once, so the unperturbed input runs once per example however many methods are compared.
@@ -52,9 +55,9 @@ def perturbed_logits(
     Args:
         forward: Maps the keys that ``batch`` has, on its device and in its dtypes, padded on the right, to (n, C)
             logits. Give it the unwrapped model in evaluation mode; it runs under `torch.inference_mode()`.
-        batch: (B, T) `input_ids`, `attention_mask` and perhaps `token_type_ids`.
+        batch: (B, T) `input_ids`, `attention_mask` and perhaps `token_type_ids`; or `pixel_values` (B, C, H, W).
         requests: What to run.
-        tokens: The ids that perturbed texts are built with.
+        tokens: The ids that perturbed texts are built with; of images a `PatchPerturbation`.
         special: (B, T) bool, special tokens.
         mask: (B, T) bool, real positions.
         token_budget: Largest rows x length of one forward batch, padding counted; a longer text runs alone.
@@ -90,7 +93,7 @@ def distinct_logits(
     batch: Mapping[str, Tensor],
     requests: Sequence[Request],
     *,
-    tokens: PerturbationTokens,
+    tokens: Perturber,
     special: Tensor,
     mask: Tensor,
     token_budget: int = TOKEN_BUDGET,
@@ -114,16 +117,17 @@ def distinct_logits(
     """
     if not requests:
         raise InputError("there is nothing to run: the list of requests is empty.")
-    keys = [key for key in TEXT_KEYS if key in batch]
-    texts, lengths, inverse = _distinct(batch, requests, keys, tokens=tokens, special=special, mask=mask)
+    given = {"special": special, "mask": mask}
+    if isinstance(tokens, PerturbationTokens):
+        inputs: Any = _Texts(batch, requests, tokens=tokens, **given)
+    else:
+        inputs = tokens.distinct(batch, requests, **given)
     held: list[Tensor] = []
     logits: list[Tensor] = []
     order: list[int] = []
     with torch.inference_mode():
-        for chosen in _batches(lengths, token_budget):
-            rows = torch.frombuffer(bytearray(b"".join([texts[i] for i in chosen])), dtype=torch.int32)
-            rows = rows.view(len(chosen), len(keys), -1)[..., : lengths[chosen[0]]]
-            output = forward({key: _like(rows[:, i], batch[key]) for i, key in enumerate(keys)})
+        for chosen in _batches(inputs.lengths, inputs.groups, token_budget):
+            output = inputs.run(forward, chosen)
             if output.dim() != 2 or len(output) != len(chosen):
                 raise InputError(f"forward returned {tuple(output.shape)}, expected logits ({len(chosen)}, C).")
             held.append(output)
@@ -133,8 +137,24 @@ def distinct_logits(
                 held.clear()
         logits += [torch.cat(held).to("cpu", torch.float32)] if held else []
     ran = torch.cat(logits)
-    of_text = torch.empty(len(order), dtype=torch.long).scatter_(0, torch.tensor(order), torch.arange(len(order)))
-    return ran, of_text[inverse]
+    of_input = torch.empty(len(order), dtype=torch.long).scatter_(0, torch.tensor(order), torch.arange(len(order)))
+    return ran, of_input[inputs.inverse]
+
+
+class _Texts:
+    """The distinct perturbed texts of a batch, see `PatchRequests`."""
+
+    def __init__(self, batch: Mapping[str, Tensor], requests: Sequence[Request], **given: Any) -> None:
+        self.batch = batch
+        self.keys = [key for key in TEXT_KEYS if key in batch]
+        self.texts, self.lengths, self.inverse = _distinct(batch, requests, self.keys, **given)
+        self.groups: list[Hashable] = [None] * len(self.lengths)
+
+    def run(self, forward: Forward, chosen: Sequence[int]) -> Tensor:
+        """The (n, C) logits of some of the texts, the longest first."""
+        rows = torch.frombuffer(bytearray(b"".join([self.texts[i] for i in chosen])), dtype=torch.int32)
+        rows = rows.view(len(chosen), len(self.keys), -1)[..., : self.lengths[chosen[0]]]
+        return forward({key: _like(rows[:, i], self.batch[key]) for i, key in enumerate(self.keys)})
 
 
 def _distinct(
@@ -171,11 +191,14 @@ def _like(values: Tensor, example: Tensor) -> Tensor:
     return values.contiguous().to(example.device, non_blocking=True).to(example.dtype)
 
 
-def _batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Yield batches of texts, longest first: the first batch needs the most memory, so too little shows at once."""
-    ordered = sorted(range(len(lengths)), key=lambda text: -lengths[text])
+def _batches(lengths: Sequence[int], groups: Sequence[Hashable], token_budget: int) -> Iterator[list[int]]:
+    """Yield batches of one group, longest first: the first batch needs the most memory, so too little shows at once."""
+    kinds = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    ordered = sorted(range(len(lengths)), key=lambda one: (-lengths[one], kinds[groups[one]]))
     start = 0
     while start < len(ordered):
         size = max(1, token_budget // lengths[ordered[start]])
-        yield ordered[start : start + size]
-        start += size
+        kind = groups[ordered[start]]
+        batch = [one for one in ordered[start : start + size] if groups[one] == kind]
+        yield batch
+        start += len(batch)

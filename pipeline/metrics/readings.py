@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from calig.pipeline.errors import InputError
-from calig.pipeline.metrics.operators import PerturbationTokens
 from calig.pipeline.metrics.perturbation import TOKEN_BUDGET, Forward, Request, distinct_logits
+
+if TYPE_CHECKING:
+    from calig.pipeline.metrics.patches import Perturber
 
 SPACES = ("probability", "logit")
 Scale = Literal["softmax", "sigmoid"]
@@ -56,7 +58,7 @@ def read_requests(
     *,
     target: Tensor,
     labels: Tensor | None = None,
-    tokens: PerturbationTokens,
+    tokens: Perturber,
     special: Tensor,
     mask: Tensor,
     token_budget: int = TOKEN_BUDGET,

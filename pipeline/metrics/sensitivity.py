@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calig.pipeline.attribution.api import attribute
-from calig.pipeline.attribution.model import ExplainableModel
+from calig.pipeline.attribution.model import ExplainableModel, UnsupportedModelError
 from calig.pipeline.attribution.noise import embedding_noise, embedding_width
 from calig.pipeline.attribution.result import Attribution
 from calig.pipeline.errors import InputError
@@ -156,7 +156,7 @@ def noisy_scores(
     draws: int = DRAWS,
     radius: float = RADIUS,
 ) -> Tensor:
-    """Explain a batch again under noise on its word embeddings.
+    """Explain a batch again under noise on its word embeddings; of images, on the pixels that the model takes.
 
     Only content positions get noise: special tokens are the frame that a baseline keeps, too, and padding is nothing.
     As many rows are explained at once as the batch has, so the memory that it needs is that of the first explanation.
@@ -179,6 +179,19 @@ def noisy_scores(
     """
     size = len(sample_ids)
     content = mask & ~special
+    if "input_ids" not in batch:
+        return _with_noisy_pixels(
+            model,
+            batch,
+            method,
+            target=target,
+            special=special,
+            sample_ids=sample_ids,
+            options=options,
+            seed=seed,
+            draws=draws,
+            radius=radius,
+        )
     width = embedding_width(model, batch["input_ids"])
     noise = [
         draw_noise(int(some.sum()), width, seed=seed, sample_id=sample_id, draws=draws, radius=radius)
@@ -198,6 +211,43 @@ def noisy_scores(
                 special_tokens_mask=special[rows],
                 **options,
             )
+        assert isinstance(again, Attribution)  # one target per example
+        perturbed.append(again.scores)
+    return torch.cat(perturbed).view(size, draws, -1)
+
+
+def _with_noisy_pixels(
+    model: ExplainableModel,
+    batch: Mapping[str, Any],
+    method: str,
+    *,
+    target: Tensor,
+    special: Tensor,
+    sample_ids: Sequence[int],
+    options: Mapping[str, Any],
+    seed: int,
+    draws: int,
+    radius: float,
+) -> Tensor:
+    """See `noisy_scores`."""
+    size = len(sample_ids)
+    with model.session():
+        key = model.prepare(batch).pixels
+    if key is None:
+        raise UnsupportedModelError("sensitivity_max puts noise on word embeddings or pixels; the batch has neither.")
+    channels, height, width = batch[key].shape[1:]
+    noise = [
+        draw_noise(channels * height, width, seed=seed, sample_id=sample_id, draws=draws, radius=radius)
+        for sample_id in sample_ids
+    ]
+    perturbed = []
+    for part in torch.arange(size * draws).split(max(1, size)):
+        rows = part // draws
+        some = take_rows(batch, rows, size)
+        pairs = zip(rows.tolist(), (part % draws).tolist(), strict=True)
+        added = torch.stack([noise[b][r].view(channels, height, width) for b, r in pairs])
+        noisy = some | {key: some[key] + added.to(some[key])}
+        again = attribute(model, noisy, method, target=target[rows], special_tokens_mask=special[rows], **options)
         assert isinstance(again, Attribution)  # one target per example
         perturbed.append(again.scores)
     return torch.cat(perturbed).view(size, draws, -1)

@@ -18,7 +18,7 @@ _COSTS = {
     "steps_used": ("path nodes", "per sample"),
     "peak_memory": ("peak MiB", "of a batch"),
 }
-_QUALITY = ("token_f1", "auprc", "comprehensiveness", "sufficiency")
+_QUALITY = ("token_f1", "auprc", "mask_auprc", "comprehensiveness", "sufficiency")
 """What stands beside the costs, where it was measured."""
 _WIDTH = 0.45
 """Opacity of the ground behind a rank correlation of 1."""

@@ -18,6 +18,11 @@ WHITE: RGB = (255, 255, 255)
 STRENGTH = 0.7
 """Opacity of the tint behind text at full scale."""
 
+IMAGE_STRENGTH = 0.85
+"""The same on a picture, which is light and grey below it: there is no text to read."""
+LIGHT = 0.4
+"""How far the picture below goes towards white."""
+
 
 def abs_scale(values: Iterable[float]) -> float:
     """The largest finite absolute value; 1.0 where there is none or all are zero, so that dividing is safe."""

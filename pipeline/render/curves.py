@@ -51,11 +51,11 @@ def curve_panels(curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[Pa
     return [line_panel(title, series) for title, series in groups.items()]
 
 
-def perturbation_panels(curves: Mapping[tuple[str, str], Curves], primary: str) -> list[Panel]:
+def perturbation_panels(curves: Mapping[tuple[str, str], Curves], primary: str, units: str = "words") -> list[Panel]:
     """The primary method's curves beside those of its controls, a panel for each way to perturb."""
     lines = {primary: (primary, "none"), f"{primary} reversed": (primary, "reversed"), "random": ("random", "random")}
     panels = []
-    for kind, title in ((REMOVED, "Most relevant words removed"), (KEPT, "Only the most relevant words kept")):
+    for kind, title in ((REMOVED, f"Most relevant {units} removed"), (KEPT, f"Only the most relevant {units} kept")):
         found = {name: curves[key][kind] for name, key in lines.items() if kind in curves.get(key, {})}
         if primary in found:
             panels.append(line_panel(title, found, limits=(0.0, 1.0), x_texts=("{:.0%}", "{:.0%}")))

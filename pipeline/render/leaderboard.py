@@ -86,6 +86,8 @@ def _table(rows: Sequence[MetricRow], primary: str) -> Table:
     methods.sort(key=lambda method: method != primary)
     randoms = _unique(row.method for row in rows if row.control == "random")
     controls = [line("random", name, "random" if len(randoms) == 1 else f"random · {name}") for name in randoms]
+    priors = _unique(row.method for row in rows if row.control == "centre")
+    controls += [line("centre", name, f"{name} prior") for name in priors]
     reverses = _unique(row.method for row in rows if row.control == "reversed")
     reverses.sort(key=lambda method: method != primary)
     controls += [line("reversed", name, f"{name} reversed") for name in reverses]

@@ -13,15 +13,18 @@ from typing import Any
 
 from calig.pipeline.errors import InputError
 from calig.pipeline.perturbation import Curves
-from calig.pipeline.render.color import STRENGTH, abs_scale
+from calig.pipeline.render.color import IMAGE_STRENGTH, LIGHT, OPPOSES, STRENGTH, SUPPORTS, abs_scale
 from calig.pipeline.render.decisions import Decision
 from calig.pipeline.render.labels import metric
 from calig.pipeline.render.pieces import merge_pieces
-from calig.pipeline.render.rows import ProbeSample, ReportData, Sample, SampleExplanation
+from calig.pipeline.render.rows import ImageInput, ProbeSample, ReportData, Sample, SampleExplanation
 from calig.pipeline.render.tokens import in_rationale
 
 SPECIAL, SPACE, MARKED, SECOND = 1, 2, 4, 8
 """Bits of a unit's flags."""
+
+THUMBNAIL = 160
+"""Pixels of the longer side of a picture on the page."""
 
 Packed = tuple[str, float, float]
 
@@ -77,9 +80,18 @@ def page_data(data: ReportData, samples: Sequence[Sample], layer_methods: Sequen
         "segments": list(data.segments),
         "metrics": {name: [metric(name).label, metric(name).variant, metric(name).arrow] for name in _names(samples)},
         "strength": STRENGTH,
+        "unit": unit_name(data),
+        "units": f"{unit_name(data)}{'es' if unit_name(data) == 'patch' else 's'}",
+        "image": {"strength": IMAGE_STRENGTH, "light": LIGHT, "supports": SUPPORTS, "opposes": OPPOSES},
         "probe": {"method": data.probe_method, "samples": probe},
         "samples": [_sample(sample, methods, set(layer_methods), data.label_names) for sample in samples],
     }
+
+
+def unit_name(data: ReportData) -> str:
+    """What the page ranks: a `word` or a `patch`."""
+    shown: Sequence[Sample | ProbeSample] = [*data.samples, *data.probe]
+    return "patch" if any(sample.image is not None for sample in shown) else "word"
 
 
 def check_lengths(samples: Sequence[Sample] | Sequence[ProbeSample]) -> None:
@@ -131,7 +143,20 @@ def _input(sample: Sample | ProbeSample) -> dict[str, Any]:
         pieces = [sample.tokens[i] for i in word.positions]
         units.append([word.text, flags] if len(pieces) == 1 else [word.text, flags, pieces])
     label = None if sample.label is None or sample.label < 0 else int(sample.label)
-    return {"id": int(sample.sample_id), "label": label, "units": units}
+    return {"id": int(sample.sample_id), "label": label, "units": units, **_image(sample.image)}
+
+
+def _image(image: ImageInput | None) -> dict[str, Any]:
+    """What the page's script draws an image from; nothing for a text."""
+    if image is None:
+        return {}
+    from calig.pipeline.render.image import outline_path, thumbnail
+
+    return {
+        "grid": list(image.grid),
+        "picture": thumbnail(image.picture, THUMBNAIL),
+        "outline": None if image.mask is None else outline_path(image.mask),
+    }
 
 
 def _told(decision: Decision | None, names: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,9 @@ function refresh() {
   $("count").textContent = !listed.length ? "No sample matches these filters." : listed.length === DATA.samples.length ? `${listed.length} samples` : `${listed.length} of ${DATA.samples.length} samples`;
   $("rows").replaceChildren(...listed.map((sample) => {
     const result = outcome(sample);
-    const button = h("button", { type: "button", "data-id": sample.key },
+    const pictured = sample.grid && sample.picture;
+    const button = h("button", { type: "button", "data-id": sample.key, class: pictured ? "pictured" : null },
+      pictured ? h("img", { src: sample.picture, alt: "" }) : null,
       h("span", { class: result }, result === "right" ? "✓" : result === "wrong" ? "✗" : "·", h("span", { class: "sr" }, result)),
       h("span", {}, className(sample.prediction)), h("span", { class: "p" }, finite(sample.p) ? sample.p.toFixed(2) : "–"),
       h("span", { dir: "auto" }, `${sample.id}  ${sample.text.slice(0, 90)}`));
@@ -67,6 +69,7 @@ function addOptions() {
 }
 
 function start() {
+  startImages();
   for (const sample of DATA.samples) sample.text = sampleText(sample);
   addOptions();
   $("filters").addEventListener("submit", (event) => event.preventDefault());

@@ -34,13 +34,22 @@ _FOLDER = Path(__file__).parent
 _SCRIPTS = (
     "report_data.js",
     "report_map.js",
+    "report_image.js",
     "report_curves.js",
     "report_viewer.js",
     "report_probe.js",
     "report.js",
     "report_flow.js",
 )
-_HEADLINES = ("comprehensiveness", "sufficiency", "token_f1", "auprc", "completeness_gap")
+_HEADLINES = (
+    "comprehensiveness",
+    "sufficiency",
+    "token_f1",
+    "auprc",
+    "pointing_game",
+    "mask_auprc",
+    "completeness_gap",
+)
 _log = logging.getLogger(__name__)
 
 
@@ -102,12 +111,15 @@ def _render(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence
     main, other = leaderboards(data.metrics, data.primary_method)
     primary = data.primary_method or next(iter(method_names(data)), "")
     flows = flow_pictures(data.flows)
+    payload = page_data(data, samples, layer_methods)
     return _template().render(
         data=data,
         primary=primary,
         headlines=_headlines(data),
         panels=curve_panels(data.curves),
-        perturbation=perturbation_panels(data.curves_mean, primary),
+        perturbation=perturbation_panels(data.curves_mean, primary, payload["units"]),
+        unit=payload["unit"],
+        units=payload["units"],
         concepts=concept_panels(data.concepts),
         flows=flows,
         flow_payload=script_json(
@@ -121,7 +133,7 @@ def _render(data: ReportData, samples: Sequence[Sample], layer_methods: Sequence
         explained=len(data.samples) if data.explained is None else data.explained,
         static=[_static_sample(sample, primary, data) for sample in samples[:STATIC_SAMPLES]],
         legend=legend_html(1.0).replace("−1 ", "").replace(" +1 ", " "),
-        payload=script_json(page_data(data, samples, layer_methods)),
+        payload=script_json(payload),
         css=_source("report.css"),
         script="\n".join(_source(name) for name in _SCRIPTS),
         number=number,
@@ -174,10 +186,20 @@ def _static_sample(sample: Sample, primary: str, data: ReportData) -> StaticSamp
         prediction=class_name(sample.prediction, names) if decision.plain else " · ".join(decision.parts(names)),
         label=class_name(sample.label, names) if sample.label is not None and labelled else None,
         probability=number(sample.probability) if decision.plain else "",
-        html=_texts_html(words, sample, data.segments),
+        html=_static_image(sample, row) if sample.image else _texts_html(words, sample, data.segments),
         gap=number(row.completeness_gap if row else None, "completeness_gap"),
         converged=row is None or row.converged,
     )
+
+
+def _static_image(sample: Sample, row: SampleExplanation | None) -> str:
+    from calig.pipeline.render.image import image_html
+
+    assert sample.image is not None  # the caller looked
+    content = [place for place, number in enumerate(sample.word_ids) if number is not None]
+    scores = [0.0 if row is None else row.scores[place] for place in content]
+    names = [sample.tokens[place] for place in content]
+    return image_html(sample.image.picture, scores, sample.image.grid, names=names, mask=sample.image.mask)
 
 
 def _methods_with_layers(data: ReportData) -> list[str]:

@@ -1,6 +1,6 @@
 // Perturbation curves of one sample: the probability of the explained class as ranked words are removed, or kept alone.
 function drawCurves(target, row, random) {
-  const kinds = [["removed", "Most relevant words removed"], ["kept", "Only the most relevant words kept"]];
+  const kinds = [["removed", `Most relevant ${DATA.units} removed`], ["kept", `Only the most relevant ${DATA.units} kept`]];
   target.replaceChildren(...kinds.map(([kind, title]) => {
     const lines = [[DATA.methods[row.method], row.curves.none?.[kind]], ["random", random?.[kind]], ["reversed", row.curves.reversed?.[kind]]];
     return curve(title, lines.map(([name, points], i) => ({ name, points, style: `s${i}` })).filter((line) => line.points));
@@ -16,7 +16,7 @@ function curve(title, lines) {
   for (const tick of [0, 0.5, 1]) {
     svg.append(s("line", { class: "grid", x1: left, x2: width - right, y1: y(tick), y2: y(tick) }), s("text", { x: left - 6, y: y(tick) + 3.5, "text-anchor": "end" }, tick));
   }
-  svg.append(s("text", { x: left, y: height - 5 }, "0 % of the words"), s("text", { x: width - right, y: height - 5, "text-anchor": "end" }, `${+(100 * most).toFixed(1)} %`));
+  svg.append(s("text", { x: left, y: height - 5 }, `0 % of the ${DATA.units}`), s("text", { x: width - right, y: height - 5, "text-anchor": "end" }, `${+(100 * most).toFixed(1)} %`));
   for (const line of lines.toReversed?.() ?? lines) {
     const points = line.points.filter(([, p]) => finite(p));
     svg.append(s("polyline", { class: line.style, points: points.map(([q, p]) => `${x(q).toFixed(1)},${y(p).toFixed(1)}`).join(" ") }));

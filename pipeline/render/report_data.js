@@ -52,7 +52,7 @@ function outcome(sample) {
   return sample.label === null ? "" : sample.label === sample.prediction ? "right" : "wrong";
 }
 
-const sampleText = (sample) => sample.units.filter(([, flags]) => !(flags & SPECIAL))
+const sampleText = (sample) => sample.grid ? "" : sample.units.filter(([, flags]) => !(flags & SPECIAL))
   .map(([text, flags]) => (flags & SPACE ? " " : "") + text).join("").trim();
 
 // h("p", { class: "note" }, "text", child): every text goes in as a text node, never as markup.

@@ -12,8 +12,9 @@ function showProbe(change = {}) {
   $("p-verdict").replaceChildren(h("b", {}, place), right(state) ? " · " : "", h("span", { class: right(state).slice(2) }, right(state)),
     ...(state.said !== undefined ? [" · ", state.said] : [" · predicted ", h("b", {}, className(state.prediction)), ` with probability ${finite(state.p) ? state.p.toFixed(3) : "–"}`,
     sample.label === null ? "" : ` · labelled ${className(sample.label)}`]));
-  paint($("p-text"), cols, rows[at], scale, place, 0, $("p-readout"));
-  $("p-readout").replaceChildren("Point at a word or tap it for its number.");
+  if (sample.grid) showImage($("p-text"), sample, cols, rows[at], scale, place, 0, $("p-readout"));
+  else paint($("p-text"), cols, rows[at], scale, place, 0, $("p-readout"));
+  $("p-readout").replaceChildren(`Point at a ${DATA.unit} or tap it for its number.`);
   legend($("p-legend"), scale, sample, isFlat(rows[at], cols));
   Object.assign($("p-epoch"), { max: states.length - 1, value: at });
   $("p-epoch").setAttribute("aria-valuetext", place);
@@ -21,9 +22,12 @@ function showProbe(change = {}) {
   $("p-last").textContent = probeName(states, states.length - 1);
   $("p-slider").hidden = states.length < 2;
   const kept = $("p-map").scrollLeft;
-  drawMap($("p-map"), cols, rows, { perRow: true, current: at, down: true, rtl: isRtl($("p-text")),
+  const marks = states.map((one) => `${right(one).slice(0, 1)} ${className(one.prediction)} ${finite(one.p) ? one.p.toFixed(2) : ""}`);
+  if (sample.grid) showStrip($("p-map"), sample, cols, rows, { perRow: true, current: at, onPick: (row) => showProbe({ at: row }),
+    names: states.map((one, i) => probeName(states, i)), notes: marks });
+  else drawMap($("p-map"), cols, rows, { perRow: true, current: at, down: true, rtl: isRtl($("p-text")),
     labels: states.map((one, i) => probeName(states, i).replace(/^\D+/, "")),
-    marks: states.map((one) => `${right(one).slice(0, 1)} ${className(one.prediction)} ${finite(one.p) ? one.p.toFixed(2) : ""}`),
+    marks,
     onHover: (column, value, row) => readout($("p-readout"), column, value, probeName(states, row)),
     onPick: (row) => showProbe({ at: row }) });
   $("p-map").scrollLeft = kept;

@@ -1,5 +1,5 @@
 // One sample on screen. `view` is all its state; every change goes through show().
-const view = { sample: null, method: 0, layer: Infinity, pieces: false, perRow: true };
+const view = { sample: null, method: 0, layer: Infinity, pieces: false, perRow: true, how: "patches", outline: true };
 
 function show(change = {}) {
   Object.assign(view, change);
@@ -20,8 +20,9 @@ function show(change = {}) {
   $("v-methods").replaceChildren(...sample.explanations.map((row) => toggle(DATA.methods[row.method], row === chosen, () => show({ method: row.method }))));
   // Of a block, only the steps of its int8 levels are known.
   const grain = atEnd ? 0 : chosen.layers[layer - 1][1] / 127;
-  paint($("v-text"), cols, values, scale, place, grain);
-  $("v-readout").replaceChildren(chosen ? "Point at a word or tap it for its number." : "This sample has no explanation.");
+  if (sample.grid) showImage($("v-text"), sample, cols, values, scale, place, grain, $("v-readout"));
+  else paint($("v-text"), cols, values, scale, place, grain);
+  $("v-readout").replaceChildren(chosen ? `Point at a ${DATA.unit} or tap it for its number.` : "This sample has no explanation.");
   legend($("v-legend"), scale, sample, isFlat(values, cols));
   $("v-gap").replaceChildren(...(chosen ? gap(chosen) : []));
   $("v-metrics").textContent = chosen ? metricLine(chosen) : "";
@@ -37,18 +38,26 @@ function show(change = {}) {
     press("scale-row", view.perRow);
     press("scale-map", !view.perRow);
     const kept = $("v-map").scrollLeft;
-    drawMap($("v-map"), cols, layers, { perRow: view.perRow, current: layer - 1, rtl: isRtl($("v-text")),
+    if (sample.grid) showStrip($("v-map"), sample, cols, [...layers, final], { perRow: view.perRow, current: layer - 1, onPick: (row) => show({ layer: row + 1 }),
+      names: [...layers.map((_, i) => `block ${i + 1}`), "decision"], notes: [...blockShares(layers), ""] });
+    else drawMap($("v-map"), cols, layers, { perRow: view.perRow, current: layer - 1, rtl: isRtl($("v-text")),
       onHover: (column, value, row, share) => readout($("v-readout"), column, value, `block ${row + 1}, which holds ${percent(share)} of all |relevance|`, chosen.layers[row][1] / 127),
       onPick: (row) => show({ layer: row + 1 }) });
     $("v-map").scrollLeft = kept;
   }
   $("v-curves").hidden = !chosen?.curves.none;
   if (chosen?.curves.none) drawCurves($("v-curves-panels"), chosen, sample.random);
-  compare(sample, cols, special);
+  if (sample.grid) compareImages($("v-compare"), sample, cols, special);
+  else compare(sample, cols, special);
   if ($("d-table").open) wordTable(sample, cols, special, atEnd ? null : values, place, grain);
   press("unit-word", !view.pieces);
   press("unit-piece", view.pieces);
-  document.querySelectorAll(".unit-name").forEach((node) => { node.textContent = view.pieces ? "piece" : "word"; });
+  $("units").hidden = !!sample.grid;
+  $("hows").hidden = !sample.grid;
+  for (const how of ["patches", "smooth", "picture"]) press(`how-${how}`, view.how === how);
+  press("outline", view.outline);
+  $("outline").hidden = !sample.outline;
+  document.querySelectorAll(".unit-name").forEach((node) => { node.textContent = view.pieces ? "piece" : DATA.unit; });
 }
 
 function verdict(sample) {
@@ -84,8 +93,8 @@ const isRtl = (node) => getComputedStyle(node).direction === "rtl";
 const isFlat = (values, cols) => values.every((value, i) => cols[i].special || !value);
 
 function legend(target, scale, sample, flat) {
-  if (flat) return target.replaceChildren("no word has any relevance here");
-  const stops = [-4, -3, -2, -1, 0, 1, 2, 3, 4].map((step) => tint(step / 4)).join(",");
+  if (flat) return target.replaceChildren(`no ${DATA.unit} has any relevance here`);
+  const stops = [-4, -3, -2, -1, 0, 1, 2, 3, 4].map((step) => (sample.grid ? imageTint : tint)(step / 4)).join(",");
   target.replaceChildren(`opposes −${plain(scale)}`, h("i", { style: { background: `linear-gradient(to right,${stops})` } }), `+${plain(scale)} supports`,
     sample.units.some(([, flags]) => flags & MARKED) ? h("span", {}, " · ", h("u", {}, "human rationale")) : "");
 }
@@ -115,7 +124,7 @@ function compare(sample, cols, special) {
 function wordTable(sample, cols, special, layerValues, place, grain) {
   const scores = sample.explanations.map((row) => sums(unpack(row.scores, special), cols));
   const scales = scores.map((values) => wordScale(values, cols));
-  const head = [view.pieces ? "piece" : "word", ...sample.explanations.map((row) => DATA.methods[row.method])];
+  const head = [view.pieces ? "piece" : DATA.unit, ...sample.explanations.map((row) => DATA.methods[row.method])];
   if (layerValues) head.push(place);
   $("v-table").replaceChildren(h("table", {},
     h("thead", {}, h("tr", {}, ...head.map((text) => h("th", { scope: "col" }, text)))),

@@ -15,7 +15,7 @@ from calig.pipeline.perturbation import Curves
 from calig.pipeline.render.decisions import Decision
 from calig.pipeline.render.tokens import SEGMENTS
 
-Control = Literal["none", "random", "reversed"]
+Control = Literal["none", "random", "reversed", "centre"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,18 @@ class SampleExplanation:
 
 
 @dataclass(frozen=True)
+class ImageInput:
+    """An image that was explained."""
+
+    grid: tuple[int, int]
+    """Rows and columns of its patches."""
+    picture: bytes | None = None
+    """PNG."""
+    mask: bytes | None = None
+    """PNG, white on the object, where one is known."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One explained input."""
 
@@ -71,6 +83,8 @@ class Sample:
     """(T,) 0 on the first text of a pair, 1 on the second, None on special tokens; None of single texts."""
     decision: Decision | None = None
     """Where it is not one class of several: a label of several, or a number."""
+    image: ImageInput | None = None
+    """Of an image, whose tokens are its patches."""
 
     @property
     def key(self) -> str:
@@ -106,6 +120,7 @@ class ProbeSample:
     """In the order of the training."""
     segment: Sequence[int | None] | None = None
     """As in `Sample`."""
+    image: ImageInput | None = None
 
 
 @dataclass(frozen=True)

@@ -120,13 +120,13 @@ def token_text(
         for index, word in enumerate(part):
             if word.space and (index or not number):
                 text.append(" ")
-            style = "dim" if word.special else _terminal_style(unit(word.score, scale))
+            style = "dim" if word.special else terminal_style(unit(word.score, scale))
             text.append(word.text, style=f"{style} underline".strip() if in_rationale(word, rationale) else style)
     if legend:
         text.append("\n")
-        text.append(" supports ", style=_terminal_style(1.0))
+        text.append(" supports ", style=terminal_style(1.0))
         text.append(" ")
-        text.append(" opposes ", style=_terminal_style(-1.0))
+        text.append(" opposes ", style=terminal_style(-1.0))
         text.append(f"  full colour at {scale:.3g}", style="dim")
     return text
 
@@ -191,7 +191,8 @@ def _span(word: Word, scale: float, marked: bool) -> str:
     return f'<span{direction} style="{style}" title="{escape(title)}">{escape(word.text)}</span>'
 
 
-def _terminal_style(value: float) -> str:
+def terminal_style(value: float) -> str:
+    """The style of a value in [-1, 1] in a terminal: four steps of emphasis, opposing ones in italics."""
     size, opposes = abs(value), value < 0
     if size < 0.1:
         return ""

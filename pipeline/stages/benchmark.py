@@ -22,6 +22,8 @@ from calig.pipeline.run import RunContext
 SHOWN = {
     "token_f1": "tokenF1",
     "auprc": "auprc",
+    "pointing_game": "point",
+    "mask_auprc": "m-auprc",
     "comprehensiveness": "compreh",
     "sufficiency": "suffic",
     "infidelity": "infidel",
@@ -103,6 +105,7 @@ def show(context: RunContext, rows: Sequence[BenchmarkRow], methods: Sequence[st
     best = {name: _best(name, found) for name in metrics}
     lines = [(name, "none", name) for name in names]
     lines += [("random", "random", "random (control)"), (first, "reversed", f"{first} reversed")]
+    lines += [("centre", "centre", "centre prior")] * any(key[1] == "centre" for key in found)
     columns = [[_cell(found.get((*line[:2], name)), best[name]) for line in lines] for name in metrics]
     widths = [max((len(mark) for _, mark in column), default=0) for column in columns]
     table = []

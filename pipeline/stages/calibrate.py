@@ -38,7 +38,7 @@ def run_stage(context: RunContext) -> None:
         target=config.explain.target,
         seed=config.seed,
     )
-    calibrator = Calibrator(module.model, data.tokenizer, settings)
+    calibrator = Calibrator(module.model, context.reader, settings)
     facts = {
         "method": method,
         "asked": asked,

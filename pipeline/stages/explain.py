@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SHOWN = {"token_f1": "token_f1", "auprc": "auprc", "comprehensiveness": "compreh.", "sufficiency": "suffic."}
+SHOWN = {
+    "token_f1": "token_f1",
+    "auprc": "auprc",
+    "pointing_game": "pointing",
+    "mask_auprc": "m-auprc",
+    "comprehensiveness": "compreh.",
+    "sufficiency": "suffic.",
+}
 
 
 def run_stage(context: RunContext) -> None:
@@ -37,7 +44,8 @@ def run_stage(context: RunContext) -> None:
     data, module, explainer = context.data, context.module, context.explainer
     # Of all samples, those that are done already too: a continued run measures what it would have measured at once.
     every: Any = data.explain_dataloader(config.split, config.num_samples, seed=context.config.seed).dataset
-    ids = [row["sample_id"] for row in every]
+    rows = every.dataset.rows  # an image would be read for its number
+    ids = [rows[index]["sample_id"] for index in every.indices]
     only = limited(ids, config.limits, context.config.seed)
     flows = limited(ids, {"flow": config.flows}, context.config.seed).get("flow", ids)
     length = rationale_length(data.dataset(config.split).rows)
@@ -53,7 +61,7 @@ def run_stage(context: RunContext) -> None:
         "flows": config.flows,
         "perturbation_target": config.perturbation_target,
         "seed": context.config.seed,
-        "data": data_mark(data.dataset(config.split).rows),
+        "data": data_mark(data.dataset(config.split)),
         "model": model_mark(module.model),
     }
     writer = ExplanationWriter(explainer, directory.path, metadata, batches_per_shard=config.batches_per_shard)
@@ -116,7 +124,8 @@ def log_curves(context: RunContext) -> None:
     media = MediaLog(context.loggers)
     if media.shows:
         curves = mean_curves(context.directory.path)
-        charts = perturbation_charts(curves, context.config.explain.methods)
+        unit = "words" if context.data.tokenizer is not None else "patches"
+        charts = perturbation_charts(curves, context.config.explain.methods, unit)
         media.log(context.trainer.global_step, charts={f"explain/{key}": chart for key, chart in charts.items()})
 
 
@@ -131,21 +140,28 @@ def rationale_length(rows: Iterable[Mapping[str, Any]]) -> float | None:
     """
     lengths = []
     for row in rows:
+        if "rationale" not in row:
+            continue
         pairs = zip(row["word_ids"], row["rationale"], strict=True)
         lengths.append(len({word for word, mark in pairs if mark == 1}) + row["rationale_missed"])
     marked = [length for length in lengths if length]
     return sum(marked) / len(marked) if marked else None
 
 
-def data_mark(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Tells the tokenised examples of a split from others, wherever they are read from: a folder may be moved.
+def data_mark(dataset: Any) -> str:
+    """Tells the examples of a split from others, wherever they are read from: a folder may be moved.
 
     Args:
-        rows: Encoded examples, see `calig.datamodules.tokenization.encode`; some 1,000 of them are looked at.
+        dataset: Of a data module; some 1,000 of its tokenised texts are looked at, or 50 of its images.
     """
-    found = zlib.crc32(b"")
-    for row in rows[:: max(1, len(rows) // 1000)]:
-        found = zlib.crc32(array("q", [row["sample_id"], *row["input_ids"]]).tobytes(), found)
+    found, rows = zlib.crc32(b""), dataset.rows
+    if not rows or "input_ids" in rows[0]:
+        for row in rows[:: max(1, len(rows) // 1000)]:
+            found = zlib.crc32(array("q", [row["sample_id"], *row["input_ids"]]).tobytes(), found)
+    else:
+        for index in range(0, len(rows), max(1, len(rows) // 50)):
+            found = zlib.crc32(dataset[index]["pixels"].contiguous().numpy().tobytes(), found)
+        found = zlib.crc32(array("q", [row["sample_id"] for row in rows]).tobytes(), found)
     return f"{len(rows)} examples with checksum {found:08x}"
 
 
@@ -233,8 +249,10 @@ def show(context: RunContext, summaries: Mapping[tuple[str, str, str], Summary],
     # A regression has no probability: its metrics are those of the output.
     metrics = [name if name in found else name + ON_OUTPUT for name in SHOWN if {name, name + ON_OUTPUT} & found][:room]
     rows = []
-    for method, control in [*((name, "none") for name in names), ("random", "random")]:
-        label = "random (control)" if control == "random" else method
+    controls = {"random": "random (control)", "centre": "centre (prior)"}
+    centre = [("centre", "centre")] if any(key[1] == "centre" for key in summaries) else []
+    for method, control in [*((name, "none") for name in names), ("random", "random"), *centre]:
+        label = controls.get(control, method)
         rows.append([label, *(_cell(summaries.get((method, control, metric))) for metric in metrics)])
     count = max((summary.n for summary in summaries.values()), default=0)
     title = f"explain  {count} samples of the {context.config.explain.split} split"

@@ -75,7 +75,7 @@ def run_stage(context: RunContext) -> None:
                 config.probe.every_n_epochs,
                 steps=config.probe.steps,
                 options=_probe_options(context),
-                tokenizer=data.tokenizer,
+                tokenizer=context.reader,
                 label_names=data.label_names,
                 folder=directory / "probe",
                 seed=config.seed,

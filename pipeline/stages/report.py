@@ -33,6 +33,7 @@ from calig.pipeline.render.decisions import Decision
 from calig.pipeline.render.report import render_report
 from calig.pipeline.render.rows import (
     FlowSample,
+    ImageInput,
     MetricRow,
     ProbeSample,
     ProbeState,
@@ -142,6 +143,7 @@ def _probe(directory: RunDirectory) -> list[ProbeSample]:
     if len(probes) > MAX_PROBES:
         probes = [probes[round(i * (len(probes) - 1) / (MAX_PROBES - 1))] for i in range(MAX_PROBES)]
     first: dict[SampleKey, dict[str, Any]] = {}
+    folder = directory / "probe"
     states: dict[SampleKey, list[ProbeState]] = defaultdict(list)
     for epoch, step, rows in probes:
         for row in rows:
@@ -159,6 +161,7 @@ def _probe(directory: RunDirectory) -> list[ProbeSample]:
             rationale_by_word(row),
             states[key],
             row.get("segment"),
+            _image(row, folder),
         )
         for key, row in sorted(first.items(), key=lambda item: _place(item[1]))[:MAX_PROBE_SAMPLES]
     ]
@@ -186,6 +189,17 @@ def _curve(key: str) -> str | None:
     # Metrics of another operator than the default have a suffix; logits and variants stay in the file.
     name = parts[-1].split("@")[0]
     return key if name in _PROBE_CURVES and not key.endswith((".logit", "@absolute")) else None
+
+
+def _image(row: Mapping[str, Any], folder: Path) -> ImageInput | None:
+    """The image of an explanation row, None for a text; its files lie where the row says, in the folder."""
+    if row.get("grid") is None:
+        return None
+    found = {}
+    for name, ref in (("picture", row["image_ref"]), ("mask", row["mask_ref"])):
+        path = None if ref is None else folder / ref
+        found[name] = path.read_bytes() if path is not None and path.is_file() else None
+    return ImageInput((row["grid"][0], row["grid"][1]), **found)
 
 
 def _versions(directory: RunDirectory) -> dict[str, Any]:
@@ -249,6 +263,7 @@ def _samples(directory: RunDirectory, methods: list[str]) -> list[Sample]:
                 curves=perturbation_curves(bins[key], {key: first["probability"]}),
                 segment=first.get("segment"),
                 decision=_decision(first),
+                image=_image(first, directory.path),
             )
         )
     return samples
