@@ -52,9 +52,10 @@ def test_batch_and_padding_do_not_matter(bert, method):
 @pytest.mark.parametrize(
     "options", [{}, {"path": "straight"}, {"steps": "auto"}, {"path": "straight", "steps": "auto"}]
 )
-def test_token_budget_does_not_change_results(bert, batch, options):
+@pytest.mark.parametrize("budget", [9, 18])  # one row at a time, and two: the last node of one and the first of another
+def test_token_budget_does_not_change_results(bert, batch, options, budget):
     whole = attribute(bert, batch, "ca_lig", target=0, **options)
-    narrow = attribute(ExplainableModel(bert, max_tokens_per_pass=9), batch, "ca_lig", target=0, **options)
+    narrow = attribute(ExplainableModel(bert, max_tokens_per_pass=budget), batch, "ca_lig", target=0, **options)
     assert torch.allclose(whole.scores, narrow.scores, atol=1e-5)
     assert torch.equal(whole.steps_used, narrow.steps_used)
 

@@ -145,7 +145,7 @@ class LayerPath:
         rest = unknown.nonzero().flatten()
         found += self.model.budget.run(rest, self.width, lambda part: self._run(rows[part], positions[part]))
         joined = Nodes.join(found)
-        return joined.select(torch.cat([*order, rest]).argsort()) if order and len(rest) else joined
+        return joined.select(torch.cat([*order, rest]).argsort()) if order else joined
 
     def trace(self, rows: Tensor, positions: Tensor, *, attention: bool = False) -> Trace:
         """One pass of nodes, in its graph; the arguments of `evaluate`, few enough for a pass."""
