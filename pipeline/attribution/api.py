@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from calig.pipeline.attribution.documents import attribute_documents
 from calig.pipeline.attribution.inside import with_readout_special
 from calig.pipeline.attribution.methods import AttributionMethod, create_method
 from calig.pipeline.attribution.model import ExplainableModel, Inputs, UnsupportedModelError
@@ -23,6 +24,7 @@ from calig.pipeline.attribution.objective import (
 from calig.pipeline.attribution.result import Attribution
 from calig.pipeline.attribution.slicing import cut, join, take
 from calig.pipeline.attribution.structure import Blocks
+from calig.pipeline.attribution.windows import Pooling
 from calig.pipeline.errors import InputError
 
 Goal = Objective | Unbound | Callable[[Any], Tensor]
@@ -38,6 +40,7 @@ def attribute(
     objective: Goal | Sequence[Goal] | None = None,
     tokenizer: Any = None,
     special_tokens_mask: Tensor | None = None,
+    pooling: Pooling | None = None,
     blocks: Blocks | None = None,
     embedding: str | nn.Module | None = None,
     **options: Any,
@@ -49,7 +52,8 @@ def attribute(
     Args:
         model: A Hugging Face classifier or a module of your own, or an `ExplainableModel` around one.
         batch: What the model's forward takes, by name: `input_ids` (B, T), `attention_mask` (B, T) and so on, or
-            `pixel_values` (B, C, H, W).
+            `pixel_values` (B, C, H, W). Long documents: `input_ids` (B, N) of any length and `windows` (B, V, T), the
+            positions that each window reads (-1 on padding).
         method: One of `available_methods()`.
         target: Class to explain: None or "predicted", "label" (from `batch["labels"]`), an index, one index per
             example (B,), or K per example (B, K).
@@ -59,6 +63,8 @@ def attribute(
         tokenizer: Names special tokens and the tokens of the `mask` and `unk` baselines; for images the image
             processor.
         special_tokens_mask: (B, T) 1 on special tokens; without it the tokenizer, then the model's config decide.
+        pooling: Of documents: what is explained is the `mean` or the `max` of the objective's values at the windows;
+            by default what the model's config says, else the mean.
         blocks: Where the blocks of a module of your own are, if not found; see `ExplainableModel`.
         embedding: Its word embedding, likewise.
         **options: Options of the method, for example `steps=16`, `baseline="pad"`, `path="shared"`, `lam=0.7`.
@@ -91,7 +97,7 @@ def attribute(
     else:
         wrapped = ExplainableModel(model, tokenizer=tokenizer, blocks=blocks, embedding=embedding)
     with wrapped.session():
-        inputs = wrapped.prepare(batch, special_tokens_mask)
+        inputs = wrapped.prepare(batch, special_tokens_mask, pooling)
         if objective is not None:
             asked = cast(Sequence[Goal], objective if several else [objective])
             goals: list[Objective] = [as_objective(goal, inputs) for goal in asked]
@@ -110,17 +116,27 @@ def attribute(
                 "the read-out position are kept in the baseline. Pass `tokenizer=` or `special_tokens_mask=`.",
                 stacklevel=2,
             )
-            inputs = with_readout_special(wrapped, inputs, goals[0])
-        results = _in_slices(explainer, wrapped, inputs, goals)
+            if inputs.windows is None:  # what a window reads out at is a word of the document
+                inputs = with_readout_special(wrapped, inputs, goals[0])
+        # A callable of the user's own may count positions from the end.
+        trim = not any(isinstance(goal, OutputFunction) for goal in goals)
+        if inputs.windows is None:
+            results = _in_slices(explainer, wrapped, inputs, goals, trim=trim)
+        else:
+            results = attribute_documents(
+                explainer,
+                wrapped,
+                inputs,
+                goals,
+                lambda read, goal: _in_slices(explainer, wrapped, read, [goal], trim=trim)[0],
+            )
     return results if several else results[0]
 
 
 def _in_slices(
-    method: AttributionMethod, model: ExplainableModel, inputs: Inputs, goals: list[Objective]
+    method: AttributionMethod, model: ExplainableModel, inputs: Inputs, goals: list[Objective], *, trim: bool
 ) -> list[Attribution]:
     """Run a method on slices of one pass each, so that what it keeps of a pass does not grow with the batch."""
-    # A callable of the user's own may count positions from the end.
-    trim = not any(isinstance(goal, OutputFunction) for goal in goals)
     slices = cut(inputs, model.max_tokens, trim=trim)
     if not all(model.keeps_width(take(inputs, goals, rows[:1], columns)) for rows, columns in slices):
         slices = cut(inputs, model.max_tokens, trim=False)  # a model that pads to its window takes full width alone

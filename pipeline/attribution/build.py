@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calig.pipeline.attribution.model import Inputs
 from calig.pipeline.attribution.objective import Objective
-from calig.pipeline.attribution.quadrature import Integral, relative_gap
+from calig.pipeline.attribution.quadrature import Integral, in_document, relative_gap
 from calig.pipeline.attribution.result import Attribution
 
 if TYPE_CHECKING:
@@ -48,8 +48,9 @@ def build_attribution(
     steps = torch.ones(size, dtype=torch.long)
     converged = torch.ones(size, dtype=torch.bool)
     if integral is not None:
-        gap = relative_gap(integral.evidence, output_change)
-        bound = integral.error_bound
+        gap = relative_gap(integral.evidence, output_change, inputs.document)
+        if integral.error_bound is not None:
+            bound = in_document(integral.error_bound, output_change, inputs.document)
         steps = integral.steps_used
         converged = (gap if bound is None else bound).amax(dim=1) <= method.options.tolerance
     return Attribution(

@@ -21,8 +21,9 @@ from calig.pipeline.attribution.methods.base import Baseline
 from calig.pipeline.attribution.model import ExplainableModel, Inputs, UnsupportedModelError
 from calig.pipeline.attribution.objective import Objective
 from calig.pipeline.attribution.path import Differentiated, LayerPath, Nodes, differentiate
-from calig.pipeline.attribution.quadrature import Integral, Rule, integrate_fixed, integrate_secant
+from calig.pipeline.attribution.quadrature import Integral, Rule, integrate_fixed, integrate_secant, scale_of
 from calig.pipeline.attribution.refinement import integrate_to_tolerance
+from calig.pipeline.attribution.windows import own_mean
 
 Answer = TypeVar("Answer")
 _ATTENTION_FLOATS = 2**27  # maps and their gradients held at once: 512 MiB in float32
@@ -237,6 +238,10 @@ def layer_evidence(
         Evidence of shape (B, len(layers), T) in float64 on the host, zero at padding.
     """
     goals, own = _together(inputs, objective)
+    limit: float | Tensor = tolerance
+    if inputs.document is not None:
+        # Windows may oppose each other: what is allowed is a share of what their document's output changes by.
+        limit = tolerance * scale_of(own_mean(ends.output_change, inputs.document)) / scale_of(ends.output_change)
 
     def line(start: int, watched: list[int]) -> LayerPath:
         origin, end = ends.origin[start], ends.end[start]
@@ -246,7 +251,7 @@ def layer_evidence(
 
     def integrate(one: LayerPath) -> list[Integral]:
         if steps == "auto":
-            return integrate_to_tolerance(one, tolerance=tolerance, max_nodes=max_steps)
+            return integrate_to_tolerance(one, tolerance=limit, max_nodes=max_steps)
         if path == "shared":
             return integrate_secant(one, steps)
         return integrate_fixed(one, steps, quadrature or "gauss-legendre")

@@ -6,7 +6,6 @@ H heads, L blocks.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,67 +19,14 @@ from torch import Tensor, nn
 from calig.pipeline.attribution.attention import recorded_attention, uses_attention_interface
 from calig.pipeline.attribution.budget import TokenBudget
 from calig.pipeline.attribution.entry import entry_of, fixed_positions, state_name, state_of
+from calig.pipeline.attribution.inputs import Inputs
 from calig.pipeline.attribution.precision import coarse_types, float32_copies
 from calig.pipeline.attribution.structure import Blocks, Structure, UnsupportedModelError, find_structure
+from calig.pipeline.attribution.windows import Pooling, windows_in
 from calig.pipeline.attribution.wrapping import refuse_prompt_tuning, suspended, unwrap
 from calig.pipeline.errors import InputError
 
 __all__ = ["ExplainableModel", "Inputs", "Trace", "UnsupportedModelError"]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A batch as the engine works on it.
-
-    Attributes:
-        batch: What the model's forward takes, cloned, so that tensors made under inference mode can be used.
-        mask: (B, T) true on real positions.
-        special: (B, T) true on real special tokens.
-        pixels: Key of the images (B, C, H, W) in `batch`; None where the input is not images.
-        together: Objectives that are explained together: what one of them needs is computed for all in the same
-            passes, and kept in `memo` (see `inside`) as long as these inputs live.
-    """
-
-    batch: dict[str, Any]
-    mask: Tensor
-    special: Tensor
-    pixels: str | None = None
-    together: tuple[Any, ...] = ()
-    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __len__(self) -> int:
-        return self.mask.shape[0]
-
-    @property
-    def content(self) -> Tensor:
-        """(B, T) true on real tokens that are not special: what a baseline replaces and a ranking ranks."""
-        return self.mask & ~self.special
-
-    def seed_of(self, row: int, seed: int) -> int:
-        """A seed from an example's own input: the same in every batch, on every process, at every amount of padding."""
-        digest = hashlib.sha256(repr((seed, self.content_of(row))).encode()).digest()
-        return int.from_bytes(digest[:8], "little") >> 1
-
-    def content_of(self, row: int) -> list[Any]:
-        """What tells an example from others, whatever its batch and padding: its token ids, else its tensors."""
-        if "input_ids" in self.batch:
-            # Numbers above the token are those of `embedding_noise`.
-            return (self.batch["input_ids"][row, self.mask[row]] & (2**30 - 1)).tolist()
-        one = self.select(torch.tensor([row], device=self.mask.device))
-        own = [value[0] for key, value in one.items() if isinstance(value, Tensor) and value.shape[:1] == (1,)]
-        size = self.mask.shape[1]
-        return [
-            (value[self.mask[row]] if value.shape[:1] == (size,) else value).float().cpu().flatten().tolist()
-            for value in own
-        ]
-
-    def select(self, rows: Tensor) -> dict[str, Any]:
-        """The forward's arguments for the examples `rows` (N,), which may repeat."""
-        size = len(self)
-        return {
-            key: value[rows] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size else value
-            for key, value in self.batch.items()
-        }
 
 
 @dataclass
@@ -247,7 +193,9 @@ class ExplainableModel:
 
     # ------------------------------------------------------------------------------------------------ inputs
 
-    def prepare(self, batch: Mapping[str, Any], special_tokens_mask: Tensor | None = None) -> Inputs:
+    def prepare(
+        self, batch: Mapping[str, Any], special_tokens_mask: Tensor | None = None, pooling: Pooling | None = None
+    ) -> Inputs:
         """Clone a batch for the engine and find its real and special positions, in an open session.
 
         Args:
@@ -256,9 +204,11 @@ class ExplainableModel:
                 positions even if the forward of a plain module does not take it; without one all are real.
             special_tokens_mask: (B, T) 1 on special tokens; else the tokenizer's, else the model config's ids decide;
                 of images, the positions that do not depend on the pixels.
+            pooling: Of a batch with `windows` (see `Windows`): how their outputs become that of the document; by
+                default what the model's config says.
 
         Raises:
-            InputError: Neither text nor images nor any tensor, or a mask of another shape.
+            InputError: Neither text nor images nor any tensor, a mask of another shape, or windows that do not fit.
             UnsupportedModelError: The blocks work on other positions than the batch has.
         """
         kept = {
@@ -283,12 +233,15 @@ class ExplainableModel:
         if special is None:
             known = [*self._special_ids(), *([pad] if isinstance(pad, int) else [])]
             special = torch.isin(ids, torch.tensor(known, device=ids.device, dtype=ids.dtype))
-        inputs = Inputs(kept, mask, special & mask)
-        first = torch.zeros(1, dtype=torch.long, device=ids.device)
-        (found,) = self.budget.run(first, ids.shape[1], lambda row: self._entry_tokens(inputs.select(row)).shape[1])
-        if found != ids.shape[1]:
+        windows = windows_in(batch, mask, self.structure.config, pooling)
+        inputs = read = Inputs(kept, mask, special & mask, windows=windows)
+        if windows is not None:
+            read = windows.inputs(inputs)
+        first, width = torch.zeros(1, dtype=torch.long, device=ids.device), read.mask.shape[1]
+        (found,) = self.budget.run(first, width, lambda row: self._entry_tokens(read.select(row)).shape[1])
+        if found != width:
             raise UnsupportedModelError(
-                f"the blocks of '{self.structure.family}' work on {found} positions where the batch has {ids.shape[1]} "
+                f"the blocks of '{self.structure.family}' work on {found} positions where the batch has {width} "
                 "tokens. A model that pads its input to a multiple of its window (Longformer) needs that done outside, "
                 "tokenizer(..., pad_to_multiple_of=WINDOW); one that pools tokens or adds some cannot be explained."
             )
@@ -482,9 +435,12 @@ class ExplainableModel:
 
     @torch.no_grad()
     def logits(self, inputs: Inputs, rows: Tensor | None = None) -> Tensor:
-        """(N, C) logits at the input, of all examples or of `rows` (N,), in an open session."""
+        """(N, C) logits at the input, of all examples or of `rows` (N,), in an open session; pooled of documents."""
         from calig.pipeline.attribution.objective import logits_of
 
+        if inputs.windows is not None:
+            windows = inputs.windows if rows is None else inputs.windows.take(rows)
+            return windows.pool(self.logits(windows.inputs(inputs)))
         rows = torch.arange(len(inputs), device=self.device) if rows is None else rows.to(self.device)
         width = inputs.mask.shape[1]
         return torch.cat(self.budget.run(rows, width, lambda part: logits_of(self.module(**inputs.select(part)))))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calig.pipeline.attribution.path import LayerPath, Nodes
+from calig.pipeline.attribution.windows import own_mean
 
 Rule = Literal["gauss-legendre", "trapezoid", "riemann-middle"]
 
@@ -44,10 +45,21 @@ def scale_of(output_change: Tensor) -> Tensor:
     return output_change.abs().clamp_min(1e-3)
 
 
-def relative_gap(evidence: Tensor, output_change: Tensor) -> Tensor:
-    """The completeness gap (METHODS 1.1): (B, K) from evidence (B, K, T) and output_change (B,)."""
+def relative_gap(evidence: Tensor, output_change: Tensor, document: Tensor | None = None) -> Tensor:
+    """The completeness gap (METHODS 1.1): (B, K) from evidence (B, K, T) and output_change (B,).
+
+    Of windows (`Inputs.document`) it is that of their document, at each of them.
+    """
+    change = own_mean(output_change.cpu().double()[:, None], document)
+    return (own_mean(evidence.cpu().double().sum(dim=-1), document) - change).abs() / scale_of(change)
+
+
+def in_document(bound: Tensor, output_change: Tensor, document: Tensor | None) -> Tensor:
+    """Error bounds (B, K), relative to each window's change of output (B,), to the bound of its document, at each."""
+    if document is None:
+        return bound
     change = output_change.cpu().double()[:, None]
-    return (evidence.cpu().double().sum(dim=-1) - change).abs() / scale_of(change)
+    return own_mean(bound.cpu().double() * scale_of(change), document) / scale_of(own_mean(change, document))
 
 
 def integrate_fixed(path: LayerPath, nodes: int, rule: Rule) -> list[Integral]:

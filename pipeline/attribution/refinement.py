@@ -18,7 +18,7 @@ FIRST_NODES = 9  # where `steps: auto` starts, both ends counted
 _KEPT_FLOATS = 2**28  # states and gradients kept while paths are refined: 1 GiB in float32
 
 
-def integrate_to_tolerance(path: LayerPath, *, tolerance: float, max_nodes: int) -> list[Integral]:
+def integrate_to_tolerance(path: LayerPath, *, tolerance: float | Tensor, max_nodes: int) -> list[Integral]:
     """Integrate with end-point-averaged gradients and secant steps, refining until the error bound is small enough.
 
     Along the path the objective is known at every node, so each interval's true increment is known and the error of
@@ -27,7 +27,7 @@ def integrate_to_tolerance(path: LayerPath, *, tolerance: float, max_nodes: int)
 
     Args:
         path: The path.
-        tolerance: Bound to reach, relative to max(|f(x) - f(x')|, 1e-3).
+        tolerance: Bound to reach, relative to max(|f(x) - f(x')|, 1e-3); one, or one per example (B,).
         max_nodes: Nodes after which an example is given up.
 
     Returns:
@@ -37,7 +37,9 @@ def integrate_to_tolerance(path: LayerPath, *, tolerance: float, max_nodes: int)
     capacity = max(1, _KEPT_FLOATS // ((1 + len(path.objectives)) * len(path.layers) * tokens * width))
     # Room for twice the first nodes: most examples need no more at a time.
     group = max(1, capacity // (2 * FIRST_NODES))
-    parts = [_Refinement(path, rows, capacity, tolerance, max_nodes).run() for rows in torch.arange(batch).split(group)]
+    limits = torch.as_tensor(tolerance, dtype=torch.float64).expand(batch)
+    groups = torch.arange(batch).split(group)
+    parts = [_Refinement(path, rows, capacity, limits[rows], max_nodes).run() for rows in groups]
     # The same nodes for all objectives, as one tensor: who integrates along them again asks by its identity.
     first = [part[0] for part in parts]
     rows = torch.cat([part.rows for part in first if part.rows is not None])
@@ -63,7 +65,7 @@ class _Refinement:
     which at most `capacity` nodes are kept on the model's device; what is missing is run again.
     """
 
-    def __init__(self, path: LayerPath, rows: Tensor, capacity: int, tolerance: float, max_nodes: int) -> None:
+    def __init__(self, path: LayerPath, rows: Tensor, capacity: int, tolerance: Tensor, max_nodes: int) -> None:
         self.path, self.rows, self.capacity = path, rows, capacity
         self.tolerance, self.max_nodes = tolerance, max_nodes
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # node -> states (K, T, D), gradients (J, K, T, D)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calig.pipeline.attribution.carried import carry
+from calig.pipeline.attribution.windows import pool
 from calig.pipeline.errors import InputError
 
 Fusion = Literal["diagonal", "column", "gated", "late", "carried"]
@@ -17,13 +18,19 @@ Lam = float | Sequence[float]
 """The coefficient lambda: one for all blocks, or one for each."""
 
 
-def normalise(values: Tensor) -> Tensor:
+def normalise(values: Tensor, document: Tensor | None = None) -> Tensor:
     """N(.) of METHODS 2.3: divide each example by its largest absolute entry; all-zero stays zero.
 
     Args:
         values: (B, ...) zero at padding.
+        document: (B,) of windows: those of one document are divided by the largest of them all, because what one of
+            them holds more of must count more.
     """
-    peak = values.abs().flatten(1).amax(dim=1).view(-1, *[1] * (values.ndim - 1))
+    peak = values.abs().flatten(1).amax(dim=1)
+    if document is not None:
+        owner = document.to(peak.device)
+        peak = pool(peak, owner, int(owner.max()) + 1, "max")[owner]
+    peak = peak.view(-1, *[1] * (values.ndim - 1))
     return torch.where(peak > 0, values / peak.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
 
 
@@ -117,12 +124,14 @@ class Ingredients:
         gradients: G^1 to G^L, each (B, T, T); for `carried` the mean attention A^1 to A^L.
         readout: (B, T) read-out weights w.
         mask: (B, T) true on real positions.
+        document: (B,) of windows, see `Inputs.document`.
     """
 
     evidence: Tensor
     gradients: Sequence[Tensor]
     readout: Tensor
     mask: Tensor
+    document: Tensor | None = None
 
     def fused(self, fusion: Fusion, lam: Lam) -> tuple[Tensor, list[Tensor] | None]:
         """Fuse and roll out.
@@ -139,8 +148,8 @@ class Ingredients:
                 raise InputError(f"fusion='{fusion}' fuses once, behind all blocks, and takes one lam; got {lam}.")
             if fusion == "carried":
                 return carry(self.evidence, self.gradients, self.readout, lam=lam), None
-            return fuse_late(self.evidence, self.gradients, self.readout, lam=lam), None
-        factors = fuse(self.evidence, self.gradients, self.mask, fusion=fusion, lam=lam)
+            return fuse_late(self.evidence, self.gradients, self.readout, lam=lam, document=self.document), None
+        factors = fuse(self.evidence, self.gradients, self.mask, fusion=fusion, lam=lam, document=self.document)
         return rollout(factors, self.readout), factors
 
 
@@ -174,7 +183,15 @@ def attention_rollout(attentions: Sequence[Tensor]) -> list[Tensor]:
     return products
 
 
-def fuse(evidence: Tensor, gradients: Sequence[Tensor], mask: Tensor, *, fusion: Fusion, lam: Lam) -> list[Tensor]:
+def fuse(
+    evidence: Tensor,
+    gradients: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    fusion: Fusion,
+    lam: Lam,
+    document: Tensor | None = None,
+) -> list[Tensor]:
     """The factors F^l of METHODS 2.3 for the forms that have one; block l takes the evidence of its inputs, r^{l-1}.
 
     Args:
@@ -183,6 +200,7 @@ def fuse(evidence: Tensor, gradients: Sequence[Tensor], mask: Tensor, *, fusion:
         mask: (B, T) true on real positions.
         fusion: `diagonal`, `column` or `gated`.
         lam: The coefficient lambda; `gated` has none.
+        document: (B,) of windows, see `normalise`.
 
     Raises:
         InputError: There are more or fewer lambdas than blocks.
@@ -191,27 +209,32 @@ def fuse(evidence: Tensor, gradients: Sequence[Tensor], mask: Tensor, *, fusion:
     per_block = shares(lam, len(gradients))
     real = mask.sum(dim=1).to(evidence.dtype)[:, None, None]
     for layer, (gradient, share) in enumerate(zip(gradients, per_block, strict=True)):
-        own = normalise(evidence[:, layer])
+        own = normalise(evidence[:, layer], document)
         # "1 r'": every real query row holds the evidence of the keys.
         keys = mask_pairs(own[:, None, :].expand_as(gradient), mask)
         if fusion == "diagonal":
-            factors.append(share * torch.diag_embed(own) + (1 - share) * normalise(gradient))
+            factors.append(share * torch.diag_embed(own) + (1 - share) * normalise(gradient, document))
         elif fusion == "column":
-            factors.append(share * keys / real + (1 - share) * normalise(gradient))
+            factors.append(share * keys / real + (1 - share) * normalise(gradient, document))
         elif fusion == "gated":
-            factors.append(normalise(gradient.abs() * keys))
+            factors.append(normalise(gradient.abs() * keys, document))
         else:
             raise ValueError(f"fusion '{fusion}' has no factors of its own")
     return factors
 
 
-def fuse_late(evidence: Tensor, gradients: Sequence[Tensor], readout: Tensor, *, lam: float) -> Tensor:
+def fuse_late(
+    evidence: Tensor, gradients: Sequence[Tensor], readout: Tensor, *, lam: float, document: Tensor | None = None
+) -> Tensor:
     """The `late` form of METHODS 2.3: evidence summed over layers beside the rollout of the attention gradients.
 
     Returns:
         (B, L, T).
     """
-    own = torch.stack([normalise(evidence[:, layer]) for layer in range(len(gradients))], dim=1).cumsum(dim=1)
+    blocks = range(len(gradients))
+    own = torch.stack([normalise(evidence[:, layer], document) for layer in blocks], dim=1).cumsum(dim=1)
     flow = rollout(gradients, readout)
-    layers = [lam * normalise(own[:, layer]) + (1 - lam) * normalise(flow[:, layer]) for layer in range(len(gradients))]
+    layers = [
+        lam * normalise(own[:, layer], document) + (1 - lam) * normalise(flow[:, layer], document) for layer in blocks
+    ]
     return torch.stack(layers, dim=1)

@@ -54,10 +54,14 @@ def cut(inputs: Inputs, tokens: int, *, trim: bool) -> list[tuple[Tensor, int]]:
         trim: Whether columns that are padding for all rows of a slice may go. They go only where padding is on the
             right, and where every tensor of the batch is (B, T).
 
+    Windows of one document stay together, however many they are: they are scaled together.
+
     Returns:
         The rows of each slice and its number of columns.
     """
     width = inputs.mask.shape[1]
+    if inputs.document is not None:
+        return _cut_documents(inputs, inputs.document, tokens, trim=trim and _can_trim(inputs))
     if not (trim and _can_trim(inputs)):
         return [(rows, width) for rows in torch.arange(len(inputs)).split(max(1, tokens // max(1, width)))]
     lengths = inputs.mask.sum(dim=1).cpu()
@@ -70,6 +74,22 @@ def cut(inputs: Inputs, tokens: int, *, trim: bool) -> list[tuple[Tensor, int]]:
         else:
             rows.append(row)
     return [(torch.tensor(rows), columns) for rows, columns in slices]
+
+
+def _cut_documents(inputs: Inputs, document: Tensor, tokens: int, *, trim: bool) -> list[tuple[Tensor, int]]:
+    owner, lengths = document.cpu(), inputs.mask.sum(dim=1).clamp_min(1).cpu()
+    if not trim:
+        lengths = torch.full_like(lengths, inputs.mask.shape[1])
+    mine = [(owner == index).nonzero().flatten() for index in owner.unique()]
+    slices: list[tuple[list[Tensor], int]] = []
+    for rows in sorted(mine, key=lambda rows: -int(lengths[rows].max())):
+        length = int(lengths[rows].max())
+        held, columns = slices[-1] if slices else ([], 0)
+        if not held or length <= _SHORTER * columns or (sum(map(len, held)) + len(rows)) * columns > tokens:
+            slices.append(([rows], length))
+        else:
+            held.append(rows)
+    return [(torch.cat(held).sort().values, columns) for held, columns in slices]
 
 
 def _can_trim(inputs: Inputs) -> bool:
@@ -95,6 +115,7 @@ def take(inputs: Inputs, goals: Sequence[Objective], rows: Tensor, columns: int)
         inputs.special[there, :columns],
         inputs.pixels,
         together=tuple(RowsObjective(goal, rows) for goal in goals),
+        document=None if inputs.document is None else inputs.document[there].unique(return_inverse=True)[1],
     )
 
 

@@ -56,6 +56,5 @@ class AttnLRP(AttributionMethod):
         result = build_attribution(
             self, inputs, objective, ends.output_change, relevance[:, 0], layer_scores=relevance[:, 1:]
         )
-        return dataclasses.replace(
-            result, completeness_gap=relative_gap(relevance, torch.cat([value for _, value in passes]))
-        )
+        gap = relative_gap(relevance, torch.cat([value for _, value in passes]), inputs.document)
+        return dataclasses.replace(result, completeness_gap=gap)

@@ -133,4 +133,5 @@ class CALIG(AttributionMethod):
             gradients = inside.path_attention_matrices(model, inputs, objective, combine, ends, integral)
             readout = ends.readout
         evidence = integral.evidence.to(gradients[0].dtype).to(gradients[0].device)
-        return rollout.Ingredients(evidence, gradients, readout, inputs.mask), integral, ends.output_change
+        parts = rollout.Ingredients(evidence, gradients, readout, inputs.mask, inputs.document)
+        return parts, integral, ends.output_change
