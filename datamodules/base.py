@@ -15,6 +15,7 @@ from calig.datamodules.describe import describe_labels
 from calig.datamodules.samplers import EpochSampler, ExactSampler, ExactShare
 from calig.datamodules.sources import Kind, Use, read_column
 from calig.datamodules.splits import SPLITS
+from calig.datamodules.windows import WindowSettings
 from calig.pipeline.errors import InputError, unknown
 from calig.pipeline.tasks import Task
 
@@ -92,6 +93,11 @@ class ClassificationData(LightningDataModule, Generic[Split]):
     @property
     def processor(self) -> Any:
         """What makes model inputs of images; None for texts."""
+        return None
+
+    @property
+    def windows(self) -> WindowSettings | None:
+        """How examples that are too long for the model are read; None: they are cut, or none is."""
         return None
 
     @property

@@ -53,8 +53,8 @@ class TextDataConfig(Protocol):
         test_fraction: Share of the training rows that becomes ``test`` where the source has none.
         size: Sentences per split of the controlled corpus.
 
-    Read where they exist: ``config``, the configuration of a hub data set that has several, and ``eval_batch_size``
-    (None: ``batch_size``), for the loaders of val and test.
+    Read where they exist: ``config``, the configuration of a hub data set that has several, ``eval_batch_size``
+    (None: ``batch_size``), for the loaders of val and test, and ``windows`` (see ``WindowSettings``).
     """
 
     @property

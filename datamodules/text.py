@@ -18,6 +18,7 @@ from calig.datamodules.settings import TextDataConfig
 from calig.datamodules.sources import TEXTS, load_corpus
 from calig.datamodules.tokenization import check_length, encode_all, ensure_pad_token
 from calig.datamodules.trained_tokenizers import Trained, train_tokenizer
+from calig.datamodules.windows import WindowSettings
 from calig.pipeline.errors import InputError
 from calig.pipeline.tasks import Task
 
@@ -103,6 +104,11 @@ class TextDataModule(ClassificationData[EncodedDataset]):
         return self._tokenizer
 
     @property
+    def windows(self) -> WindowSettings | None:
+        """How texts longer than ``data.max_length`` are read; None: they are truncated."""
+        return WindowSettings.of_config(self.config)
+
+    @property
     def collator(self) -> TextCollator:
         """What makes a batch of encoded examples."""
         tokenizer = self.tokenizer
@@ -136,6 +142,8 @@ class TextDataModule(ClassificationData[EncodedDataset]):
         ensure_pad_token(self._tokenizer)
         pairs = any(examples[0].text_pair is not None for examples in corpus.splits.values())
         check_length(self._tokenizer, length, pairs, self.max_positions)
+        if self.windows is not None:  # an overlap that is too large is found before anything is tokenised
+            self.windows.room(self._tokenizer.num_special_tokens_to_add(False))
         self._label_names, self._notes = corpus.label_names, corpus.notes
         # Set last: an error above leaves the module as it was.
         self._datasets = {split: self._encoded(split, examples) for split, examples in corpus.splits.items()}
@@ -166,16 +174,19 @@ class TextDataModule(ClassificationData[EncodedDataset]):
     def _cut_in_words(self) -> str:
         parts = list(self.truncation().values())
         whole = Truncation(*(sum(numbers) for numbers in zip(*parts, strict=True)))
-        length = self.config.max_length
+        length = f"{self.config.max_length} tokens"
+        if self.windows is not None:
+            counts = [len(row["windows"]) for dataset in self._datasets.values() for row in dataset.rows]
+            length = f"{max(counts)} windows of {length} ({sum(counts) / len(counts):.1f} on average)"
         if not whole.truncated:
-            return f"no text truncated at {length} tokens"
-        text = f"{whole.truncated:,} of {whole.texts:,} texts truncated at {length} tokens ({whole.share:.1%} of all"
+            return f"no text truncated at {length}"
+        text = f"{whole.truncated:,} of {whole.texts:,} texts truncated at {length} ({whole.share:.1%} of all"
         missed = whole.rationale_words_cut
         return text + (f", {missed:,} rationale words)" if missed else ")")
 
     def _encoded(self, split: str, examples: Sequence[TextExample]) -> EncodedDataset:
         assert self._tokenizer is not None
-        rows = encode_all(examples, self._tokenizer, self.config.max_length)
+        rows = encode_all(examples, self._tokenizer, self.config.max_length, self.windows)
         console = Console(stderr=True)
         silent = len(examples) <= QUICK or not console.is_terminal or bool(getattr(rank_zero_only, "rank", None))
         title = f"tokenising {split}"

@@ -12,6 +12,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 from calig.datamodules.columns import Text
 from calig.datamodules.examples import TextExample
+from calig.datamodules.windows import WindowSettings
 from calig.pipeline.errors import InputError
 
 CHUNK = 512
@@ -107,13 +108,18 @@ def check_length(
         raise InputError(f"data.max_length={max_length} leaves no room for text beside {special} special tokens.")
 
 
-def encode(example: TextExample, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+def encode(
+    example: TextExample, tokenizer: PreTrainedTokenizerBase, max_length: int, windows: WindowSettings | None = None
+) -> dict[str, Any]:
     """Tokenise one example; see ``encode_all``."""
-    return next(encode_all([example], tokenizer, max_length))
+    return next(encode_all([example], tokenizer, max_length, windows))
 
 
 def encode_all(
-    examples: Sequence[TextExample], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[TextExample],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    windows: WindowSettings | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Tokenise; one dict per example in order, with plain lists of length T and plain values.
 
@@ -128,29 +134,43 @@ def encode_all(
     - ``rationale_missed``: how many marked words truncation cut off as a whole;
     - ``segment``: 0 on the first text and 1 on the second, -1 on special tokens (only where there is a second);
     - ``truncated``: whether tokens were cut off, and ``tokens_cut``: how many;
-    - ``labels`` (absent where there is none), ``sample_id``.
+    - ``labels`` (absent where there is none), ``sample_id``;
+    - with ``windows``, which take the place of truncation: ``windows``, the [start, end) positions of the text's own
+      tokens that each window holds, and ``char_start`` and ``char_end`` of every token, -1 on special ones.
 
     A list of words is tokenised as its words joined by single spaces: what a model met in training, and byte-level
     tokenizers need no special setting.
 
     Raises:
-        InputError: The tokenizer is not a fast one (only those know word positions), or a text gives no token.
+        InputError: The tokenizer is not a fast one (only those know word positions), a text gives no token, windows
+            are asked for of pairs, or overlap too much.
     """
     if not tokenizer.is_fast:
         raise InputError(
             f"'{tokenizer.name_or_path}' ({type(tokenizer).__name__}) is a Python tokenizer and cannot tell which word "
             "a token comes from. A fast tokenizer (tokenizer.json) is needed."
         )
+    special = tokenizer.num_special_tokens_to_add(False)
+    longest = max_length if windows is None else windows.longest(special)
     stream = iter(examples)
     while chunk := list(islice(stream, CHUNK)):
         firsts = [joined(example.text) for example in chunk]
         pairs = [joined(example.text_pair) for example in chunk if example.text_pair is not None]
         if pairs and len(pairs) != len(chunk):
             raise InputError("some examples have a second text and some have none; give all of them one, or none.")
-        encoded = tokenizer(firsts, pairs or None, truncation=True, max_length=max_length)
+        if pairs and windows is not None:
+            raise InputError(
+                "windows are cut from one text, and these examples have two: set data.windows.overlap=null, which "
+                "truncates, or leave the second text out (data.columns.text_pair=null)."
+            )
+        # Not verbose: longer than the model's window is what windows are for.
+        encoded = tokenizer(firsts, pairs or None, truncation=longest is not None, max_length=longest, verbose=False)
         for row, example in enumerate(chunk):
             model_inputs = {name: encoded[name][row] for name in tokenizer.model_input_names if name in encoded}
-            yield model_inputs | _aligned(example, encoded.encodings[row])
+            aligned = _aligned(example, encoded.encodings[row])
+            if windows is not None:
+                aligned |= _windowed(encoded.encodings[row], windows, special)
+            yield model_inputs | aligned
 
 
 def _aligned(example: TextExample, encoding: Any) -> dict[str, Any]:
@@ -187,6 +207,19 @@ def _aligned(example: TextExample, encoding: Any) -> dict[str, Any]:
     if example.text_pair is not None:
         result["segment"] = [-1 if of is None else of for of in sequences]
     return result if example.label is None else result | {"labels": example.label}
+
+
+def _windowed(encoding: Any, windows: WindowSettings, special: int) -> dict[str, Any]:
+    own = [position for position, of in enumerate(encoding.sequence_ids) if of == 0]
+    starts, ends = [-1] * len(encoding.offsets), [-1] * len(encoding.offsets)
+    offsets = encoding.offsets
+    for position in own:
+        starts[position], ends[position] = offsets[position]
+    return {
+        "windows": windows.spans(own[0], own[-1] + 1, special),
+        "char_start": starts,
+        "char_end": ends,
+    }
 
 
 def _tokens_cut(encoding: Any, sequences: Sequence[int | None]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from calig.pipeline.attribution import Attribution
+from calig.pipeline.attribution.windows import Windows
 from calig.pipeline.heads import Head
 from calig.pipeline.image_rows import ImageFacts
 
@@ -25,6 +26,7 @@ class BatchFacts:
         ids: B sample ids.
         head: How the logits are read.
         image: What is known beside that where the input is images.
+        windows: How long documents are read; None of short texts.
     """
 
     batch: Mapping[str, Any]
@@ -34,6 +36,7 @@ class BatchFacts:
     ids: list[int]
     head: Head = field(default_factory=Head)
     image: ImageFacts | None = None
+    windows: Windows | None = None
 
     def decision(self, i: int) -> dict[str, Any]:
         """What was predicted of sample i and what is true, as columns of its row."""
@@ -86,6 +89,17 @@ class BatchFacts:
         return [
             word if bool(real) else None for word, real in zip(words, self.mask[i], strict=True) if padded or bool(real)
         ]
+
+    def placed(self, i: int) -> dict[str, Any]:
+        """Of a long document: how many windows it was read in, and where its tokens stand in its text."""
+        if self.windows is None:
+            return {}
+        found: dict[str, Any] = {"window": int(self.windows.counts[i])}
+        for key in ("char_start", "char_end"):
+            if key in self.batch:
+                offsets = self.batch[key][i].cpu()[self.mask[i]].tolist()
+                found[key] = [None if offset < 0 else offset for offset in offsets]
+        return found
 
     def token_rationale(self, i: int) -> list[int] | None:
         """1 per real token that people marked; None where nobody marked anything."""

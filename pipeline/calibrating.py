@@ -16,11 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from calig.pipeline.attribution import ClassLogit, ExplainableModel
+from calig.pipeline.attribution import ClassLogit, ExplainableModel, Objective
+from calig.pipeline.attribution.documents import explained_windows
 from calig.pipeline.attribution.methods import create_method
 from calig.pipeline.attribution.methods.ca_lig import CALIG
 from calig.pipeline.attribution.model import forward_inputs
 from calig.pipeline.attribution.rollout import Fusion, Ingredients
+from calig.pipeline.attribution.windows import Windows
 from calig.pipeline.errors import InputError
 from calig.pipeline.heads import Head
 from calig.pipeline.loading import batch_rationale
@@ -169,13 +171,14 @@ class _Chunk:
     Attributes:
         ids: B sample ids.
         batch: (B, T) what perturbed inputs are made of.
-        parts: What is fused.
+        parts: What is fused; of long documents, of the windows that are explained.
         target: (B,) explained classes.
         special: (B, T).
         mask: (B, T).
         words: (B, T) word numbers, below 0 outside words; None where the texts have none.
         rationales: Per sample the rationale by word; None where there is none.
         known: Per sample: ranking -> value of the objective.
+        windows: How long documents are read, and the windows of `parts`; None of short texts.
     """
 
     ids: list[int]
@@ -187,6 +190,12 @@ class _Chunk:
     words: list[list[int]] | None
     rationales: list[list[int] | None]
     known: list[dict[tuple[int, ...], float]] = field(default_factory=list)
+    windows: tuple[Windows, Windows] | None = None
+
+    def scores(self, candidate: Candidate) -> Tensor:
+        """(B, T) what a candidate gives."""
+        own = self.parts.fused(candidate.fusion, 0.5 if candidate.lam is None else candidate.lam)[0][:, -1]
+        return own if self.windows is None else self.windows[1].spread(own, self.mask.shape[1])
 
 
 class Calibrator:
@@ -227,7 +236,12 @@ class Calibrator:
             targets = self.head.targets(self.settings.target, logits, batch.get("labels"))
             # Of several labels the most probable one: a choice for all of them needs no more.
             target = torch.tensor([some[0] for some in targets], device=logits.device)
-            parts, _, _ = method.ingredients(self.model, inputs, ClassLogit(target))
+            goal: Objective = ClassLogit(target)
+            read, windows = inputs, None
+            if inputs.windows is not None:
+                read, goal, chosen = explained_windows(self.model, inputs, goal)
+                windows = inputs.windows, chosen
+            parts, _, _ = method.ingredients(self.model, read, goal)
         ids = [int(i) for i in batch["sample_id"].tolist()]
         self._chunks.append(
             _Chunk(
@@ -236,7 +250,11 @@ class Calibrator:
                 if inputs.pixels is not None
                 else {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch},
                 Ingredients(
-                    parts.evidence.cpu(), [g.cpu() for g in parts.gradients], parts.readout.cpu(), parts.mask.cpu()
+                    parts.evidence.cpu(),
+                    [g.cpu() for g in parts.gradients],
+                    parts.readout.cpu(),
+                    parts.mask.cpu(),
+                    None if parts.document is None else parts.document.cpu(),
                 ),
                 target.cpu(),
                 inputs.special.cpu(),
@@ -244,6 +262,7 @@ class Calibrator:
                 batch["word_ids"].tolist() if "word_ids" in batch else None,
                 [batch_rationale(batch, i) for i in range(len(ids))],
                 [{} for _ in ids],
+                windows,
             )
         )
 
@@ -329,10 +348,7 @@ class Calibrator:
         """(N, K) values of the objective, NaN where undefined, over the samples of all processes in their order."""
         rows: list[tuple[int, list[float]]] = []
         for chunk in self._chunks:
-            scores = [
-                chunk.parts.fused(candidate.fusion, 0.5 if candidate.lam is None else candidate.lam)[0][:, -1]
-                for candidate in candidates
-            ]
+            scores = [chunk.scores(candidate) for candidate in candidates]
             if self.settings.objective in _PLAUSIBILITY:
                 found = [self._plausible(chunk, one) for one in scores]
                 rows += zip(chunk.ids, map(list, zip(*found, strict=True)), strict=True)
@@ -377,6 +393,7 @@ class Calibrator:
                 tokens=self.tokens,
                 special=chunk.special,
                 mask=chunk.mask,
+                windows=None if chunk.windows is None else chunk.windows[0],
             ).double()
         target = torch.tensor([int(chunk.target[b]) for b, _ in new])
         full = self.head.values(logits[: len(new)]).gather(1, target[:, None]).squeeze(1)

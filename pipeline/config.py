@@ -148,6 +148,17 @@ class SizeConfig:
 
 
 @dataclass
+class WindowsConfig:
+    """Texts longer than ``data.max_length`` in overlapping windows of that length; without them they are truncated."""
+
+    overlap: int | None = _key(
+        None, "tokens that a window has in common with the next; turns windows on (null: truncate)", low=0
+    )
+    pooling: Literal["mean", "max"] = _key("mean", "how the logits of the windows become those of the text, per class")
+    limit: int | None = _key(16, "most windows per text; what lies behind them is cut off (null: no end)", low=1)
+
+
+@dataclass
 class DataConfig:
     """The data set, its columns and its batches."""
 
@@ -170,6 +181,7 @@ class DataConfig:
     strip_quotes: bool = _key(False, "take the quotes off texts that stand in quotes as a whole")
     label_map: dict[str, str] | None = _key(None, "label in the data: class name; merges, renames and orders classes")
     max_length: int = _key(128, "longest input in tokens", low=4)
+    windows: WindowsConfig = field(default_factory=WindowsConfig)
     limit_train: int | None = _key(None, "use this many training examples", low=1)
     limit_val: int | None = _key(None, "use this many validation examples", low=1)
     limit_test: int | None = _key(None, "use this many test examples", low=1)

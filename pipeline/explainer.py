@@ -151,7 +151,8 @@ class Explainer:
         Args:
             batch: The model's inputs, each (B, T), and what stands beside them: `sample_id` (B,); `labels` (B,),
                 `special_tokens_mask`, `word_ids` (-1 on special tokens), `rationale` (-1 on special tokens; each
-                (B, T)) and `rationale_missed` (B,) where known; of pairs `segment` (B, T). Of images `pixel_values`
+                (B, T)) and `rationale_missed` (B,) where known; of pairs `segment` (B, T). Of long documents also
+                `windows` (B, V, W), see `attribute`; a row is then as long as its document. Of images `pixel_values`
                 (B, C, H, W) and, where known, `object_mask` (B, H, W): 1 on the object, 0 beside it, -1 for an example
                 without one.
 
@@ -233,8 +234,7 @@ class Explainer:
                 costs[name] = {"seconds": cost.seconds / target.numel()}
                 if one_pass.work:
                     # Of the batch without its padding: methods cut it away, and lengths would count twice.
-                    whole = one_pass.work * float(inputs.mask.float().mean())
-                    costs[name]["passes"] = cost.work / (whole * target.shape[1])
+                    costs[name]["passes"] = cost.work / (one_pass.work * inputs.filled * target.shape[1])
                 if cost.peak_memory is not None:
                     costs[name]["peak_memory"] = cost.peak_memory
                 results[name] = result
@@ -244,7 +244,7 @@ class Explainer:
             rows.files = image.files(ids, batch, self.tokenizer)
         mask, logits = inputs.mask.cpu(), logits.detach().float().cpu()
         for k, of_target in enumerate(target.cpu().unbind(1)):
-            facts = BatchFacts(batch, mask, logits, of_target, ids, head, image)
+            facts = BatchFacts(batch, mask, logits, of_target, ids, head, image, inputs.windows)
             found = self._rows(facts, {name: own[k] for name, own in results.items()}, costs if comparable else None)
             if k:
                 found.flows = []  # the same for every target
@@ -330,6 +330,7 @@ class Explainer:
             "converged": bool(result.converged[i]),
             "rationale": facts.token_rationale(i),
             "segment": facts.segment(i),
+            **facts.placed(i),
         }
 
     def _what_was_read(self, facts: BatchFacts, result: Attribution, i: int) -> dict[str, Any]:
@@ -393,6 +394,7 @@ class Explainer:
                 metrics = tuple(name for name in metrics if name in OF_ONE_OUTPUT)
             if not metrics:
                 continue
+            windows = None if facts.windows is None else facts.windows.take(torch.tensor(group))
             rows += faithfulness_rows(
                 self.model.logits_of_batch,
                 perturbable(self.model, facts, group),
@@ -410,6 +412,7 @@ class Explainer:
                 threshold=facts.head.threshold,
                 perturbation_target=self.settings.perturbation_target,
                 seed=self.settings.seed,
+                windows=windows,
             )
         if self.settings.plausibility and facts.image is not None and "object_mask" in facts.batch:
             rows += localisation_rows(

@@ -38,7 +38,8 @@ def explain(
 ) -> list[Explanation]:
     """Explain what a classifier decides about texts.
 
-    A text that is too long is cut, with a warning that says how much was lost.
+    A text that is too long is cut, with a warning that says how much was lost; a model that was trained on overlapping
+    windows (`data.windows`) reads it in windows, and the explanation is of the whole text.
 
     Args:
         source: A run directory, a Hugging Face folder, a Lightning checkpoint of a calig run, or a live model.
@@ -162,7 +163,7 @@ def explain_batches(
     tokenizer = opened.tokenizer
     pairs = text_pairs if text_pairs is not None else [None] * len(texts)
     examples = [TextExample(i, text, None, pair) for i, (text, pair) in enumerate(zip(texts, pairs, strict=True))]
-    encoded = list(encode_all(examples, tokenizer, opened.max_length))
+    encoded = list(encode_all(examples, tokenizer, opened.max_length, opened.windows))
     _warn_of_truncation(opened, examples, encoded)
     try:
         explainer = Explainer(opened.model, tokenizer, settings)
@@ -186,10 +187,14 @@ def _warn_of_truncation(opened: Opened, examples: Sequence[Any], encoded: Sequen
             text if isinstance(text, str) else " ".join(text) for text in (example.text, example.text_pair) if text
         ]
         total = len(opened.tokenizer(*plain, truncation=False, verbose=False)["input_ids"])
-        lost.append(f"text {example.sample_id} lost {total - opened.max_length} of {total}")
+        kept = total - encoded[example.sample_id]["tokens_cut"]
+        lost.append(f"text {example.sample_id} lost {total - kept} of {total}")
     more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""
     count = "1 text was" if len(cut) == 1 else f"{len(cut)} texts were"
-    warnings.warn(f"{count} cut to the {opened.max_length} tokens of this model: {', '.join(lost)}{more}", stacklevel=4)
+    room = f"{opened.max_length} tokens"
+    if opened.windows is not None:
+        room = f"{opened.windows.limit} windows of {room}"
+    warnings.warn(f"{count} cut to the {room} of this model: {', '.join(lost)}{more}", stacklevel=4)
 
 
 def _target(target: str | int, label_names: Sequence[str]) -> Any:

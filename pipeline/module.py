@@ -16,6 +16,8 @@ from transformers import get_scheduler
 
 from calig.pipeline.adapters import adapter_settings
 from calig.pipeline.attribution.model import forward_inputs
+from calig.pipeline.attribution.windows import windows_in
+from calig.pipeline.attribution.wrapping import unwrap
 from calig.pipeline.checkpoint import ADAPTER_KEY
 from calig.pipeline.config import ModelConfig
 from calig.pipeline.errors import InputError
@@ -160,16 +162,26 @@ class ClassificationModule(LightningModule):
         self.val_loss, self.test_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
-        """Run the model on a batch; `labels`, where present, make it return a loss."""
-        inputs = forward_inputs(self.model, batch)
+        """Run the model on a batch, of texts or of long documents; `labels`, where present, make it return a loss."""
+        if "windows" not in batch and "labels" in batch and self.loss_settings.is_plain:
+            return self.model(**forward_inputs(self.model, batch), labels=batch["labels"])
+        output = self._output(batch)
         if "labels" not in batch:
-            return self.model(**inputs)
-        if self.loss_settings.is_plain:
-            return self.model(**inputs, labels=batch["labels"])
-        output = self.model(**inputs)
+            return output
         output["loss"] = task_loss(
             self.task, output.logits, batch["labels"], self.class_weights, self.loss_settings.label_smoothing
         )
+        return output
+
+    def _output(self, batch: Mapping[str, Any]) -> Any:
+        """What the model returns; of long documents its logits are pooled over their windows."""
+        inputs = forward_inputs(self.model, batch)
+        if "windows" not in batch:
+            return self.model(**inputs)
+        windows = windows_in(batch, batch["input_ids"], unwrap(self.model).config)
+        assert windows is not None  # the batch has them
+        output = self.model(**windows.batch(inputs))
+        output["logits"] = windows.pool(output.logits)
         return output
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from calig.pipeline.render.tokens import SEGMENTS, named_segments
 if TYPE_CHECKING:
     from torch import nn
 
+    from calig.datamodules.windows import WindowSettings
+
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.bpe", "*.tiktoken")
 # Some tokenizers have no limit and state a number that no list could be as long as.
 _LONGEST = 1_000_000
@@ -32,7 +34,8 @@ class Opened:
         model: In evaluation mode unless it was given live.
         tokenizer: Of the model, with a pad token.
         label_names: Class names in the order of their indices.
-        max_length: Tokens per text.
+        max_length: Tokens per text, or per window of a text.
+        windows: How longer texts are read; None: they are truncated.
         options: Method -> the options that its run explained with; none for what is not of a run.
         segments: What the two texts of pairs are called.
     """
@@ -43,6 +46,7 @@ class Opened:
     max_length: int
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     segments: tuple[str, str] = SEGMENTS
+    windows: WindowSettings | None = None
 
 
 def source_kind(path: Path) -> str:
@@ -186,6 +190,7 @@ def _open_checkpoint(path: Path, tokenizer: Any) -> Opened:
         model, tokenizer = _load_folder(run / "model", tokenizer)
     else:  # the fit stage has not ended: what it would have written is made again from the configuration
         from calig.datamodules.text import TextDataModule
+        from calig.datamodules.windows import remember_windows
 
         config = load(run, check=False)
         task = config.data.task or "classification"
@@ -200,6 +205,7 @@ def _open_checkpoint(path: Path, tokenizer: Any) -> Opened:
         data.setup()
         tokenizer = data.tokenizer
         model = load_model(config.model, data.label_names, tokenizer, task=task)
+        remember_windows(model, data.windows)
     try:
         load_checkpoint(model, str(path))
     except InputError as error:
@@ -245,6 +251,7 @@ def _load_folder(path: Path, tokenizer: Any, *, causal: bool = False) -> tuple[A
 
 def _opened(model: Any, tokenizer: Any, run: Path | None = None) -> Opened:
     from calig.datamodules.tokenization import ensure_pad_token
+    from calig.datamodules.windows import WindowSettings
 
     if tokenizer.pad_token_id is None:
         import copy
@@ -260,8 +267,11 @@ def _opened(model: Any, tokenizer: Any, run: Path | None = None) -> Opened:
         limits.append(config.data.max_length)
         options = _run_options(run, config)
         segments = named_segments(config.data.columns.text, config.data.columns.text_pair)
+    windows = WindowSettings.of_model(getattr(model, "config", None))
+    if windows is not None:
+        limits.append(windows.length)
     length = min(limit for limit in limits if limit)
-    return Opened(model, tokenizer, [str(names[i]) for i in sorted(names)], int(length), options, segments)
+    return Opened(model, tokenizer, [str(names[i]) for i in sorted(names)], int(length), options, segments, windows)
 
 
 def _positions(model: Any) -> int | None:

@@ -42,6 +42,9 @@ EXPLANATION_SCHEMA = pa.schema(
         ("labels", pa.list_(pa.int32())),
         ("value", pa.float32()),
         ("label_value", pa.float32()),
+        ("window", pa.int32()),
+        ("char_start", pa.list_(pa.int32())),
+        ("char_end", pa.list_(pa.int32())),
         ("grid", pa.list_(pa.int32())),
         ("image_ref", pa.string()),
         ("mask_ref", pa.string()),
@@ -51,7 +54,8 @@ EXPLANATION_SCHEMA = pa.schema(
 tokens (word ids and segments are null on special ones; a segment is 0 on the first text of a pair and 1 on the second),
 `layer_scores` over the blocks 1..L; what a method does not have is null. `prediction` is the largest output. Of several
 labels per text, `predictions` and `labels` are those that are predicted and given, and `label` is null; of a regression
-`value` is the output and `label_value` the true number, and `probability` is null. Of an image the tokens are its
+`value` is the output and `label_value` the true number, and `probability` is null. Of long texts `window` is how many
+windows were pooled, and token i stands at [char_start[i], char_end[i]) of the text. Of an image the tokens are its
 patches, `grid` is their rows and columns, and `image_ref` and `mask_ref` are PNG files in the folder that the table's
 folder lies in (the run directory)."""
 

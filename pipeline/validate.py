@@ -26,6 +26,7 @@ from calig.pipeline.config import (
     Config,
     ExplainConfig,
     Operator,
+    WindowsConfig,
     asked_options,
     describe_schema,
     hints,
@@ -143,6 +144,7 @@ def check_values(config: Config, origins: Origins) -> None:
     _check_calibration(config, origins)
     _check_concepts(config, origins)
     _check_data(config, origins)
+    _check_windows(config, origins)
     scratch = config.model.scratch
     if scratch.width % scratch.heads:
         expected = f"a multiple of model.scratch.heads={scratch.heads}"
@@ -301,6 +303,26 @@ def _check_concepts(config: Config, origins: Origins) -> None:
             origins,
             "For example concepts.sets={greeting: greetings.txt} or concepts.sets={toxic: {label: toxic}}.",
         )
+
+
+def _check_windows(config: Config, origins: Origins) -> None:
+    windows, key = config.data.windows, "data.windows.overlap"
+    if windows.overlap is None:
+        for name, value in vars(windows).items():
+            if value != getattr(WindowsConfig(), name):
+                raise wrong(key, None, f"a number of tokens with data.windows.{name}={show(value)}", origins)
+        return
+    if windows.overlap >= config.data.max_length:
+        expected = f"less than data.max_length={config.data.max_length}, the length of a window"
+        raise wrong(key, windows.overlap, expected, origins)
+    if "concepts" in config.stages:
+        raise InputError(
+            f"{key}={windows.overlap}{where(key, origins)}: the stage concepts looks at one window of a text. Set "
+            f"{key}=null, which truncates, or leave the stage out."
+        )
+    if config.explain.flows != 0:
+        hint = "The flow of a long text, of every token to every other, is not kept."
+        raise wrong("explain.flows", config.explain.flows, f"0 with {key}={windows.overlap}", origins, hint)
 
 
 def _check_data(config: Config, origins: Origins) -> None:

@@ -30,6 +30,7 @@ KEYS = {
     "augment",
     "pretrain.": "epochs mask_ratio norm_pix_loss decoder_layers decoder_width decoder_heads lr weight_decay warmup",
     "data.columns.": "text text_pair label indicators rationale image mask boxes",
+    "data.windows.": "overlap pooling limit",
     "data.size.": "train val test",
     "explain.": "methods split num_samples batch_size batches_per_shard steps tolerance max_steps max_tokens_per_pass "
     "target operator metrics limits flows perturbation_target strict options",

@@ -42,6 +42,12 @@ class Inputs:
         return self.mask.shape[0]
 
     @property
+    def filled(self) -> float:
+        """Share of what the model reads that is no padding."""
+        read = self.mask if self.windows is None else self.windows.cut(self.mask)
+        return float(read.float().mean())
+
+    @property
     def content(self) -> Tensor:
         """(B, T) true on real tokens that are not special: what a baseline replaces and a ranking ranks."""
         return self.mask & ~self.special

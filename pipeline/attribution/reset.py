@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calig.pipeline.attribution.model import ExplainableModel, UnsupportedModelError, forward_inputs
+from calig.pipeline.attribution.model import ExplainableModel, UnsupportedModelError
 
 _FLAG = "_is_hf_initialized"  # transformers leaves a tensor alone that has it
 
@@ -40,6 +40,9 @@ def parts_from_the_top(model: ExplainableModel, batch: Mapping[str, Any]) -> lis
     def note(module: nn.Module, *_: Any) -> None:
         order.append(module)
 
+    inputs = model.prepare(batch)
+    read = inputs if inputs.windows is None else inputs.windows.inputs(inputs)
+    one = read.select(torch.zeros(1, dtype=torch.long, device=model.device))
     with ExitStack() as stack:
         for module in model.module.modules():
             around = any(block in blocks for block in module.modules()) and module not in blocks
@@ -47,8 +50,7 @@ def parts_from_the_top(model: ExplainableModel, batch: Mapping[str, Any]) -> lis
             if module in blocks or (own and module not in inside and not around):
                 stack.callback(module.register_forward_pre_hook(note).remove)
         with torch.no_grad():
-            fed = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            model.module(**forward_inputs(model.module, fed))
+            model.module(**one)
     calls = [module for module in order if module in blocks]
     last = max(i for i, module in enumerate(order) if module in blocks)
     before = {id(p) for module in (*order[:last], *blocks) for p in module.parameters()}

@@ -30,21 +30,24 @@ class Windows:
         document: (W,) which document, in ascending order.
         size: B.
         pooling: `mean` or `max`, per class, of the windows' outputs.
+        pad: The model's pad token, which fills `input_ids`.
     """
 
     places: Tensor
     document: Tensor
     size: int
     pooling: Pooling = "mean"
+    pad: int = 0
 
     @classmethod
-    def of(cls, windows: Tensor, shape: Sequence[int], pooling: Pooling = "mean") -> Windows:
+    def of(cls, windows: Tensor, shape: Sequence[int], pooling: Pooling = "mean", pad: int = 0) -> Windows:
         """Read what a batch says.
 
         Args:
             windows: (B, V, T) positions, -1 on padding; a window of nothing but padding is none.
             shape: (B, N) of the documents.
             pooling: See `Windows`.
+            pad: See `Windows`.
 
         Raises:
             InputError: Another shape, a position that the documents do not have, a document without a window, or a
@@ -66,7 +69,7 @@ class Windows:
         there = (windows >= 0).any(dim=2)
         for empty in (~there.any(dim=1)).nonzero().flatten().tolist():
             raise InputError(f"document {empty} has no window: every position in windows[{empty}] is -1.")
-        return cls(windows[there].long(), there.nonzero()[:, 0], size, pooling)
+        return cls(windows[there].long(), there.nonzero()[:, 0], size, pooling, pad)
 
     @property
     def counts(self) -> Tensor:
@@ -88,18 +91,17 @@ class Windows:
         found = values.to(self.places.device)[self.document[:, None], self.places.clamp_min(0)]
         return found.masked_fill(self.places < 0, fill)
 
-    def batch(self, batch: Mapping[str, Any], shape: Sequence[int], pad: int = 0) -> dict[str, Any]:
+    def batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What the model reads: every (B, N) tensor of a batch cut into windows, with their attention mask.
 
         Args:
-            batch: Of documents; tensors of other shapes are left out.
-            shape: (B, N).
-            pad: Fills `input_ids`.
+            batch: Of documents; tensors of another shape than `input_ids` are left out.
         """
+        shape = batch["input_ids"].shape
         cut = {
-            key: self.cut(value, pad if key == "input_ids" else 0)
+            key: self.cut(value, self.pad if key == "input_ids" else 0)
             for key, value in batch.items()
-            if isinstance(value, Tensor) and value.shape == tuple(shape)
+            if isinstance(value, Tensor) and value.shape == shape
         }
         if "attention_mask" not in cut:
             cut["attention_mask"] = (self.places >= 0).long()
@@ -107,15 +109,7 @@ class Windows:
 
     def inputs(self, inputs: Inputs) -> Inputs:
         """The windows of documents as a batch of the engine's; each knows its document."""
-        # Fed as ids, padding of the documents' own rows tells what the model takes for it.
-        ids, mask = inputs.batch["input_ids"], inputs.mask
-        pad = int(ids[~mask][0]) if bool((~mask).any()) else 0
-        return Inputs(
-            self.batch(inputs.batch, mask.shape, pad),
-            self.cut(mask),
-            self.cut(inputs.special),
-            document=self.document,
-        )
+        return Inputs(self.batch(inputs.batch), self.cut(inputs.mask), self.cut(inputs.special), document=self.document)
 
     def pool(self, values: Tensor) -> Tensor:
         """Outputs of the windows (W, ...) to those of the documents (B, ...)."""
@@ -184,7 +178,7 @@ def pooling_of(config: Any) -> Pooling:
 def windows_in(
     batch: Mapping[str, Any], mask: Tensor, config: Any = None, pooling: Pooling | None = None
 ) -> Windows | None:
-    """The windows of a batch, on the device of its mask (B, N); None where it has none.
+    """The windows of a batch, on the device of its mask (B, N), or of any tensor like it; None where it has none.
 
     Raises:
         InputError: See `Windows.of`.
@@ -192,4 +186,6 @@ def windows_in(
     windows = batch.get("windows")
     if windows is None:
         return None
-    return Windows.of(windows.detach().clone().to(mask.device), mask.shape, pooling or pooling_of(config))
+    pad = getattr(config, "pad_token_id", None)
+    given = windows.detach().clone().to(mask.device)
+    return Windows.of(given, mask.shape, pooling or pooling_of(config), pad if isinstance(pad, int) else 0)

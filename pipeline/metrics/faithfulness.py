@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from calig.pipeline.attribution.windows import Windows
 from calig.pipeline.errors import InputError, unknown
 from calig.pipeline.metrics.curves import ACCURACY_GRID, GRID, deletion_auc, insertion_auc, perturbation_auc
 from calig.pipeline.metrics.draws import DRAWS, infidelity, removal_draws
@@ -109,6 +110,7 @@ def faithfulness_rows(
     token_budget: int = TOKEN_BUDGET,
     scale: Scale = "softmax",
     threshold: float = 0.5,
+    windows: Windows | None = None,
 ) -> list[Row]:
     """Measure several methods on one batch: rows per sample, method, control, metric, operator, space and share.
 
@@ -152,6 +154,7 @@ def faithfulness_rows(
         scale: What makes probabilities of logits: `softmax` over classes, or `sigmoid` of each label by itself; the
             prediction is then whether the explained label reaches the threshold.
         threshold: A probability, for `sigmoid`.
+        windows: Of long documents, how they are read; see `perturbed_logits`.
 
     Raises:
         InputError: Metrics, shapes, bins, operators, spaces, targets or labels that do not fit.
@@ -182,6 +185,7 @@ def faithfulness_rows(
             special=special,
             mask=mask,
             token_budget=token_budget,
+            windows=windows,
             compared=any(space != "logit" for name, space in named if name != "infidelity"),
             scale=scale,
             threshold=threshold,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from calig.pipeline.attribution.windows import Windows, pool
 from calig.pipeline.errors import InputError
 from calig.pipeline.metrics.operators import TEXT_KEYS, PerturbationTokens, perturb_text
 
@@ -46,6 +47,7 @@ def perturbed_logits(
     special: Tensor,
     mask: Tensor,
     token_budget: int = TOKEN_BUDGET,
+    windows: Windows | None = None,
 ) -> Tensor:
     """Run all requests of a batch of texts or images and return their logits in the order of the requests.
 
@@ -61,6 +63,9 @@ def perturbed_logits(
         special: (B, T) bool, special tokens.
         mask: (B, T) bool, real positions.
         token_budget: Largest rows x length of one forward batch, padding counted; a longer text runs alone.
+        windows: Of long documents, how they are read: a position that goes, goes from every window that holds it, and
+            what is returned are the pooled logits. With `delete`, too, the windows stay what they are but for it: cut
+            anew, the words that stay would move to other windows, and the difference would be theirs as well.
 
     Returns:
         (R, C) float32 logits on the CPU.
@@ -83,7 +88,7 @@ def perturbed_logits(
                 [18.]])
     """
     logits, inverse = distinct_logits(
-        forward, batch, requests, tokens=tokens, special=special, mask=mask, token_budget=token_budget
+        forward, batch, requests, tokens=tokens, special=special, mask=mask, token_budget=token_budget, windows=windows
     )
     return logits[inverse]
 
@@ -97,6 +102,7 @@ def distinct_logits(
     special: Tensor,
     mask: Tensor,
     token_budget: int = TOKEN_BUDGET,
+    windows: Windows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run requests as `perturbed_logits` does, and return what ran: less memory where many requests are the same.
 
@@ -108,6 +114,7 @@ def distinct_logits(
         special: (B, T) bool, special tokens.
         mask: (B, T) bool, real positions.
         token_budget: Largest rows x length of one forward batch.
+        windows: How long documents are read; distinct are then the windows, and each request has a row.
 
     Returns:
         (U, C) float32 logits on the CPU, one row per distinct input, and (R,) int64: the row of each request.
@@ -117,6 +124,10 @@ def distinct_logits(
     """
     if not requests:
         raise InputError("there is nothing to run: the list of requests is empty.")
+    if windows is not None:
+        more = {"tokens": tokens, "token_budget": token_budget}
+        pooled = _document_logits(forward, batch, requests, windows, special=special, mask=mask, **more)
+        return pooled, torch.arange(len(requests))
     given = {"special": special, "mask": mask}
     if isinstance(tokens, PerturbationTokens):
         inputs: Any = _Texts(batch, requests, tokens=tokens, **given)
@@ -155,6 +166,33 @@ class _Texts:
         rows = torch.frombuffer(bytearray(b"".join([self.texts[i] for i in chosen])), dtype=torch.int32)
         rows = rows.view(len(chosen), len(self.keys), -1)[..., : self.lengths[chosen[0]]]
         return forward({key: _like(rows[:, i], self.batch[key]) for i, key in enumerate(self.keys)})
+
+
+def _document_logits(
+    forward: Forward,
+    batch: Mapping[str, Tensor],
+    requests: Sequence[Request],
+    windows: Windows,
+    *,
+    special: Tensor,
+    mask: Tensor,
+    **given: Any,
+) -> Tensor:
+    """(R, C) pooled logits: each request of a document is one of each of its windows."""
+    places, document = windows.places.cpu(), windows.document.cpu()
+    mine = [(document == index).nonzero().flatten().tolist() for index in range(windows.size)]
+    within = places.clamp_min(0)
+    parts = [
+        Request(row, request.keep.cpu()[within[row]], request.operator)
+        for request in requests
+        for row in mine[request.example]
+    ]
+    logits, inverse = distinct_logits(
+        forward, windows.batch(batch), parts, special=windows.cut(special), mask=windows.cut(mask), **given
+    )
+    owner = torch.tensor([len(mine[request.example]) for request in requests])
+    owner = torch.arange(len(requests)).repeat_interleave(owner)
+    return pool(logits[inverse], owner, len(requests), windows.pooling)
 
 
 def _distinct(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from calig.pipeline.attribution.windows import Windows
 from calig.pipeline.errors import InputError
 from calig.pipeline.metrics.perturbation import TOKEN_BUDGET, Forward, Request, distinct_logits
 
@@ -65,6 +66,7 @@ def read_requests(
     compared: bool = False,
     scale: Scale = "softmax",
     threshold: float = 0.5,
+    windows: Windows | None = None,
 ) -> Readings:
     """Run requests through the planner and read the explained class.
 
@@ -78,6 +80,7 @@ def read_requests(
         special: (B, T) bool, special tokens.
         mask: (B, T) bool, real positions.
         token_budget: See `perturbed_logits`.
+        windows: See `perturbed_logits`.
         compared: Whether probabilities or predictions are wanted, which a softmax over one output has none of.
         scale: What makes probabilities of logits.
         threshold: Of `sigmoid`: the probability from which a label is predicted.
@@ -86,7 +89,7 @@ def read_requests(
         InputError: One output where classes are compared. A target or a label is not a class.
     """
     logits, row = distinct_logits(
-        forward, batch, requests, tokens=tokens, special=special, mask=mask, token_budget=token_budget
+        forward, batch, requests, tokens=tokens, special=special, mask=mask, token_budget=token_budget, windows=windows
     )
     if compared and logits.shape[1] == 1 and scale == "softmax":
         raise InputError(

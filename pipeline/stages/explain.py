@@ -63,6 +63,7 @@ def run_stage(context: RunContext) -> None:
         "seed": context.config.seed,
         "data": data_mark(data.dataset(config.split)),
         "model": model_mark(module.model),
+        "windows": None if data.windows is None else dataclasses.asdict(data.windows),
     }
     writer = ExplanationWriter(explainer, directory.path, metadata, batches_per_shard=config.batches_per_shard)
 
