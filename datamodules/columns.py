@@ -7,7 +7,16 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from calig.datamodules.rationales import Marks, Spans, check_spans, marks_of, parse_rationale, parse_spans
+from calig.datamodules.rationales import (
+    Marks,
+    Spans,
+    check_spans,
+    marks_of,
+    marks_of_passages,
+    parse_passages,
+    parse_rationale,
+    parse_spans,
+)
 from calig.datamodules.rows import Rows
 from calig.datamodules.settings import ColumnNames
 from calig.pipeline.errors import InputError, unknown
@@ -66,9 +75,9 @@ def has_label_column(rows: Rows) -> bool:
 def read_texts(rows: Rows, columns: ColumnNames, strip_quotes: bool = False) -> Texts:
     """Texts, second texts and rationales.
 
-    Where a rationale column holds 0/1 per word or spans of words, every text comes back as a list of words: the token
-    list of the source, or the text split at white space. With pairs of numbers beside strings, which are spans of
-    characters, strings stay strings.
+    Where a rationale column holds 0/1 per word, spans of words or passages, every text comes back as a list of words:
+    the token list of the source, or the text split at white space. With pairs of numbers beside strings, which are
+    spans of characters, strings stay strings.
 
     Args:
         rows: The rows of a split.
@@ -120,6 +129,9 @@ def _word_marks(value: object, words: list[str], column: str, place: str) -> Mar
     spans = parse_spans(value)
     if spans is not None:
         return marks_of(check_spans(spans, len(words), "words", place), len(words))
+    passages = parse_passages(value)
+    if passages is not None:
+        return marks_of_passages(passages, words, place)
     marks = parse_rationale(value)
     if marks is None:
         raise _no_rationale(value, column, place)
@@ -145,8 +157,8 @@ def _character_spans(value: object, text: str, column: str, place: str) -> Spans
 def _no_rationale(value: object, column: str, place: str, more: str = "") -> InputError:
     return InputError(
         f"{place}: column '{column}' holds {str(value)[:60]!r}, not a rationale.{more} Expected 0 or 1 per word (a "
-        "list, a JSON list or numbers separated by spaces), or [start, end) pairs: of words where the text is a list "
-        "of words, of characters where it is a string; empty where it is unknown."
+        "list, a JSON list or numbers separated by spaces), [start, end) pairs: of words where the text is a list of "
+        "words, of characters where it is a string, or passages of the text; empty where it is unknown."
     )
 
 

@@ -1,4 +1,4 @@
-"""Rationales in every form: 0 or 1 per word, spans of words, spans of characters."""
+"""Rationales in every form: 0 or 1 per word, spans of words or of characters, passages of the text."""
 
 from __future__ import annotations
 
@@ -45,6 +45,52 @@ def parse_spans(value: object) -> Spans | None:
     if any(len(pair) != 2 or not all(type(number) is int for number in pair) for pair in pairs):
         return None
     return [(int(start), int(end)) for start, end in pairs]
+
+
+def parse_passages(value: object) -> list[str] | None:
+    """The passages that are the evidence, from a sequence or a JSON list of strings; None for anything else.
+
+    >>> parse_passages('["fun movie", "a joy"]'), parse_passages([]), parse_passages([[0, 4]])
+    (['fun movie', 'a joy'], None, None)
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    if not isinstance(value, list) or not value or not all(isinstance(part, str) for part in value):
+        return None
+    return list(value)
+
+
+def marks_of_passages(passages: Sequence[str], words: Sequence[str], place: str) -> Marks:
+    """0/1 per word from passages, each marked where it first stands; white space does not count.
+
+    Args:
+        passages: See ``parse_passages``.
+        words: Of the text.
+        place: How messages name the row.
+
+    Raises:
+        InputError: A passage is empty or does not stand in the text.
+
+    >>> marks_of_passages(["fun  movie"], ["a", "fun", "movie", "!"], "row 1")
+    [0, 1, 1, 0]
+    """
+    text = "".join(words)
+    owner = [index for index, word in enumerate(words) for _ in word]
+    marks = [0] * len(words)
+    for passage in passages:
+        plain = "".join(passage.split())
+        start = text.find(plain) if plain else -1
+        if start < 0:
+            raise InputError(
+                f"{place}: the rationale's passage {passage[:60]!r} does not stand in the text. Expected passages as "
+                "they stand there, but for white space."
+            )
+        for index in owner[start : start + len(plain)]:
+            marks[index] = 1
+    return marks
 
 
 def check_spans(spans: Sequence[tuple[int, int]], size: int, unit: str, place: str) -> Spans:

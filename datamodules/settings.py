@@ -54,7 +54,8 @@ class TextDataConfig(Protocol):
         size: Sentences per split of the controlled corpus.
 
     Read where they exist: ``config``, the configuration of a hub data set that has several, ``eval_batch_size``
-    (None: ``batch_size``), for the loaders of val and test, and ``windows`` (see ``WindowSettings``).
+    (None: ``batch_size``), for the loaders of val and test, ``windows`` (see ``WindowSettings``), and ``keep_labels``
+    and ``remove`` (see ``select``).
     """
 
     @property

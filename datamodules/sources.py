@@ -22,6 +22,7 @@ from calig.datamodules.labels import (
 )
 from calig.datamodules.readers import nothing_for, read_local
 from calig.datamodules.rows import WHOLE, Rows
+from calig.datamodules.selection import select
 from calig.datamodules.settings import TextDataConfig
 from calig.datamodules.splits import SPLITS, cut_missing, limit, shared_examples
 from calig.pipeline.errors import InputError, unknown
@@ -164,6 +165,7 @@ def _read(config: Any, use: Use, kind: Kind) -> dict[str, Rows]:
         if config.path is not None:
             raise nothing_for(config.path, "training")
         raise InputError(f"data.name='{config.name}' has no train split, only {', '.join(splits)}.")
+    splits = {split: select(rows, config) for split, rows in splits.items()}
     for split, rows in splits.items():
         if not len(rows):
             raise InputError(f"{rows.source} holds no rows: the {split} split is empty. Fill it, or remove it.")

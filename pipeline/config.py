@@ -37,6 +37,7 @@ GROUPS = ("model", "data", "explain", "trainer", "logger")
 
 Operator = Literal["mask", "delete", "attention", "blur", "mean", "drop"]
 Tokenizer = Literal["wordpiece", "byte_bpe"]
+PostPart = Literal["headers", "quotes", "signatures"]
 
 
 def _key(default: Any, help: str, **limits: float) -> Any:
@@ -180,6 +181,10 @@ class DataConfig:
     quoted: bool | None = _key(None, "quotes in a csv or tsv enclose a field (null: csv yes, tsv no)")
     strip_quotes: bool = _key(False, "take the quotes off texts that stand in quotes as a whole")
     label_map: dict[str, str] | None = _key(None, "label in the data: class name; merges, renames and orders classes")
+    keep_labels: list[str] | None = _key(None, "labels in the data whose rows are used (null: all)")
+    remove: list[PostPart] = _key(
+        [], "parts taken off posts and mails, which name their class: any of headers, quotes, signatures"
+    )
     max_length: int = _key(128, "longest input in tokens", low=4)
     windows: WindowsConfig = field(default_factory=WindowsConfig)
     limit_train: int | None = _key(None, "use this many training examples", low=1)

@@ -25,9 +25,9 @@ KEYS = {
     "model.peft.": "r alpha dropout target_modules",
     "model.scratch.": "type layers width heads intermediate vocab_size tokenizer max_positions image_size patch_size "
     "dropout initializer_range",
-    "data.": "modality name path config revision task header quoted strip_quotes label_map max_length limit_train "
-    "limit_val limit_test batch_size eval_batch_size num_workers val_fraction test_fraction annotations on_corrupt "
-    "augment",
+    "data.": "modality name path config revision task header quoted strip_quotes label_map keep_labels remove "
+    "max_length limit_train limit_val limit_test batch_size eval_batch_size num_workers val_fraction test_fraction "
+    "annotations on_corrupt augment",
     "pretrain.": "epochs mask_ratio norm_pix_loss decoder_layers decoder_width decoder_heads lr weight_decay warmup",
     "data.columns.": "text text_pair label indicators rationale image mask boxes",
     "data.windows.": "overlap pooling limit",
