@@ -15,6 +15,7 @@ from calig.pipeline.config import Config, ModelConfig, asked_options, without_as
 from calig.pipeline.console import Console
 from calig.pipeline.directory import RunDirectory, is_main_process, open_directory
 from calig.pipeline.errors import InputError
+from calig.pipeline.headlines import headlines
 from calig.pipeline.loggers import finish_loggers, logged_rows, make_loggers
 from calig.pipeline.signals import REQUEUE, Stopped, StopSignals, let_parent_end, requeue
 from calig.pipeline.tasks import Task, task_of, threshold_of
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 _FIRST = "CALIG_FIRST_PROCESS"
 PRETRAINED = "pretrained"
 """The folder of a run directory that keeps what the stage pretrain has trained."""
-HEADLINES = ("accuracy", "f1", "f1_micro", "pearson", "spearman", "rmse")
-"""What is read first of a model, as far as its task has it."""
 
 
 @dataclass
@@ -481,28 +480,6 @@ def _say_stopped(stop: Stopped, directory: RunDirectory, console: Console) -> No
     console.say(f"\nended by {stop}; {again}")
     if stop.asked == REQUEUE and console.main and (done := requeue()) is not None:
         console.say(done)
-
-
-def headlines(directory: RunDirectory, config: Config) -> dict[str, str]:
-    """What is read first: the model on the test split, and the primary method beside the random ranking."""
-    from calig.pipeline.render.labels import ON_OUTPUT, metric, number
-
-    summary, method = directory.summary, config.explain.methods[0]
-    found = {}
-    for split in ("test", "val"):
-        measured = [name for name in HEADLINES if f"{split}/{name}" in summary]
-        for name in measured:
-            found[f"{split} {name}"] = number(summary.get(f"{split}/{name}"), name)
-        if measured:
-            break
-    for name in ("comprehensiveness", "sufficiency", "token_f1", "mask_auprc", "completeness_gap"):
-        if f"explain/{method}/{name}" not in summary:
-            name += ON_OUTPUT
-        value, control = (summary.get(f"explain/{who}/{name}") for who in (method, "random"))
-        if value is not None:
-            beside = "" if control is None else f"random {number(control, name)}"
-            found[f"{method} {metric(name).label} {metric(name).arrow}"] = f"{number(value, name):<10}{beside}".rstrip()
-    return found
 
 
 def _results(directory: RunDirectory) -> Path:

@@ -28,7 +28,16 @@ FLOORS = [
     ({"calig.pipeline.adapters", "calig.pipeline.checkpoint", "calig.pipeline.devices"}, 2),
     ({"calig.pipeline.image_models", "calig.pipeline.pretraining"}, 2),
     ({"calig.pipeline.signals"}, 2),
-    ({"calig.pipeline.console", "calig.pipeline.directory", "calig.pipeline.loggers", "calig.pipeline.wandb_run"}, 3),
+    (
+        {
+            "calig.pipeline.console",
+            "calig.pipeline.directory",
+            "calig.pipeline.headlines",
+            "calig.pipeline.loggers",
+            "calig.pipeline.wandb_run",
+        },
+        3,
+    ),
     ({"calig.pipeline.run", "calig.pipeline.stages", "calig.pipeline.flow_summary"}, 3),
     ({"calig.pipeline.opening", "calig.pipeline.explaining", "calig.pipeline.compare"}, 3),
     ({"calig.pipeline.explain_command", "calig.pipeline.explain_request"}, 3),
