@@ -70,7 +70,8 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig) -> nn.Module:
         if name != model.base_model_prefix and any(True for _ in part.parameters())
     ]
     settings = peft.LoraConfig(
-        task_type="SEQ_CLS",
+        # PEFT's class for text classifiers hands `input_ids` on, which a classifier of images does not take.
+        task_type="SEQ_CLS" if model.main_input_name == "input_ids" else None,
         r=config.r,
         lora_alpha=2 * config.r if config.alpha is None else config.alpha,
         lora_dropout=config.dropout,

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import BertConfig, BertForSequenceClassification
 
 from calig.callbacks import ExplanationWriter
-from calig.datamodules.text import ExactShare
+from calig.datamodules.samplers import ExactShare
 from calig.pipeline.explainer import Explainer, ExplainSettings
 
 WIDTH, HEADS, VOCABULARY = 256, 4, 1000

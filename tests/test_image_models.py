@@ -16,10 +16,11 @@ from transformers import (
 
 from calig.datamodules.image_processor import ImageProcessor
 from calig.pipeline.attribution import attribute
-from calig.pipeline.config import ModelConfig, PretrainConfig, ScratchConfig
+from calig.pipeline.config import AdapterConfig, ModelConfig, PretrainConfig, ScratchConfig
 from calig.pipeline.errors import InputError
 from calig.pipeline.image_models import load_autoencoder
-from calig.pipeline.models import load_model, load_processor
+from calig.pipeline.models import finish_training, load_model, load_processor, prepare_training
+from calig.pipeline.module import ClassificationModule
 from calig.pipeline.pretraining import PretrainingModule
 from calig.pipeline.stages.fit import save_model
 
@@ -115,6 +116,25 @@ def test_what_does_not_fit_says_so(tmp_path):
     shutil.rmtree(tmp_path / "model")
     with pytest.raises(InputError, match="could not be loaded"):
         load_autoencoder(ModelConfig(name="no/such-model"), PretrainConfig(), PROCESSOR)
+
+
+def test_adapters_are_trained_alone_and_merged():
+    model = scratch("vit")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    module = ClassificationModule(prepare_training(model, ModelConfig(peft=AdapterConfig(r=2))), NAMES)
+    trained = {name for name, value in module.named_parameters() if value.requires_grad}
+    assert trained and all("lora_" in name or "classifier" in name for name in trained)
+    optimizer = torch.optim.SGD([value for value in module.parameters() if value.requires_grad], lr=0.5)
+    batch = {"pixel_values": pixels(), "labels": torch.tensor([0, 2])}
+    for _ in range(2):
+        optimizer.zero_grad()
+        module(batch).loss.backward()
+        optimizer.step()
+    wanted = module.eval()(batch).logits
+    plain = finish_training(module.model)
+    assert torch.allclose(plain(pixel_values=pixels()).logits, wanted, atol=1e-5)
+    changed = {name for name, value in plain.named_parameters() if not torch.equal(value, before[name])}
+    assert {"classifier.weight", "classifier.bias"} < changed < set(before)
 
 
 def test_images_of_another_size_are_no_trouble_to_a_family_that_interpolates():
