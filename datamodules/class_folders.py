@@ -19,7 +19,7 @@ Parts = tuple[str, ...]
 Files = dict[Parts, Path | bytes]
 """The files below a root: the parts of each one's path, and where it is or what it holds."""
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 _EXPECTED = "Expected one {} per file as <split>/<class>/<file> or <class>/<file>."
 
 
@@ -79,7 +79,7 @@ def _rows(source: str, files: Files, noun: str) -> dict[str, Rows]:
     files = {parts: file for parts, file in files.items() if parts not in hidden}
     everything = set(files)
     if noun == "image":
-        files = {parts: file for parts, file in files.items() if parts[-1].lower().endswith(_IMAGES)}
+        files = {parts: file for parts, file in files.items() if parts[-1].lower().endswith(IMAGE_SUFFIXES)}
     depths = Counter(len(parts) for parts in files if len(parts) > 1)
     if not depths:
         found = ", ".join("/".join(parts) for parts in sorted(everything)[:5]) or "no files"
@@ -93,7 +93,7 @@ def _rows(source: str, files: Files, noun: str) -> dict[str, Rows]:
     if len(splits) > 1:
         splits.pop(WHOLE, None)
     kept = {parts for members in splits.values() for parts in members}
-    image = next((parts for parts in sorted(kept) if parts[-1].lower().endswith(_IMAGES)), None)
+    image = next((parts for parts in sorted(kept) if parts[-1].lower().endswith(IMAGE_SUFFIXES)), None)
     if image and noun == "text":
         raise InputError(
             f"{source} holds images ({'/'.join(image)}), but texts are expected, one per file. Set data.modality=image "

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
+from calig.datamodules.class_folders import IMAGE_SUFFIXES
 from calig.datamodules.columns import column_of, is_missing
 from calig.datamodules.image_masks import Annotations, MaskSource, parse_boxes, read_annotations
 from calig.datamodules.image_pixels import Source
@@ -85,7 +86,7 @@ def image_examples(rows: Rows, config: Any, labels: Sequence[int] | None) -> lis
     masks: Sequence[MaskSource | None] = [None] * len(rows)
     mask_column, boxes = getattr(columns, "mask", None), getattr(columns, "boxes", None)
     annotations = getattr(config, "annotations", None)
-    if mask_column is not None or (boxes is None and annotations is None and MASK_NAME in rows.columns):
+    if mask_column is not None or (boxes is None and annotations is None and _has_masks(rows)):
         mask_column = column_of(rows, "mask", mask_column, MASK_NAME, ())
         masks = _sources(rows, mask_column, folder, "data.columns.mask", required=False)
     elif boxes is not None:
@@ -97,6 +98,17 @@ def image_examples(rows: Rows, config: Any, labels: Sequence[int] | None) -> lis
         ImageExample(row, image, None if labels is None else labels[row], rows.place(row), mask)
         for row, (image, mask) in enumerate(zip(images, masks, strict=True))
     ]
+
+
+def _has_masks(rows: Rows) -> bool:
+    """Whether a column is called ``mask`` and holds some: what was not asked for must not stop the run."""
+    values = rows.columns.get(MASK_NAME, ())
+    if isinstance(values, pa.ChunkedArray):
+        values = values.drop_null()[:1].to_pylist()
+    first = next((value for value in values if not is_missing(value)), None)
+    if isinstance(first, str):
+        return first.lower().endswith(IMAGE_SUFFIXES)
+    return isinstance(first, (bytes, list)) or (isinstance(first, dict) and "bytes" in first)
 
 
 def _annotated(rows: Rows, found: Annotations, column: str, config: Any, labelled: bool) -> list[MaskSource | None]:

@@ -199,6 +199,14 @@ def test_parquet_of_bytes_with_masks_as_arrays(tmp_path):
     assert unknown.any() and (batch["object_mask"][unknown] == -1).all() and (batch["object_mask"][~unknown] >= 0).all()
 
 
+def test_a_column_called_mask_that_holds_none_is_left_alone(tmp_path):
+    lines = [json.dumps({"image": row[0], "label": row[1], "mask": "surgical"}) for row in table(tmp_path)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert all(mask is None for mask in masks(module(path=str(tmp_path / "a.jsonl"))).values())
+    with pytest.raises(InputError, match="the mask of row 1 of .* cannot be read as an image"):
+        module(path=str(tmp_path / "a.jsonl"), columns=image_columns(mask="mask"))
+
+
 def test_data_sets_of_the_hub_library(tmp_path):
     rows = table(tmp_path)
     features = datasets.Features(
