@@ -14,7 +14,6 @@ from torch import nn
 
 from calig.callbacks.collectives import gather
 from calig.callbacks.development import Development, layer_shares, probe_scalars, sample_metrics
-from calig.callbacks.image_media import with_pictures
 from calig.callbacks.media import MediaLog, probe_media
 from calig.callbacks.probe import Probe, explain_each, numbered
 from calig.callbacks.sharded import is_sharded, whole_copy
@@ -23,6 +22,7 @@ from calig.pipeline.attribution import UnsupportedModelError
 from calig.pipeline.errors import InputError
 from calig.pipeline.explained import SampleFailure
 from calig.pipeline.explainer import Explainer, ExplainSettings, settings_for
+from calig.pipeline.image_rows import with_pictures
 from calig.pipeline.perturbation import Curves, perturbation_curves
 from calig.pipeline.perturbers import default_operator
 from calig.pipeline.records import EXPLANATION_SCHEMA, atomic_write, explained_key, write_table

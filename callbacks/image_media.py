@@ -19,14 +19,6 @@ class Masked(NamedTuple):
     mask: Image.Image
 
 
-def with_pictures(rows: Sequence[Mapping[str, Any]], files: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    """Explanation rows with the content of the files that they refer to, as `picture` and `mask`."""
-    return [
-        {**row, "picture": files.get(row.get("image_ref") or ""), "mask": files.get(row.get("mask_ref") or "")}
-        for row in rows
-    ]
-
-
 def image_rows_media(
     rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], epoch: int, name: Callable[[int | None], str | None]
 ) -> tuple[dict[str, Image.Image], tuple[tuple[str, ...], list[list[Any]]]]:

@@ -35,6 +35,7 @@ examples:
   calig explain runs/quickstart --text "..." --target negative --method integrated_gradients --html page.html
   calig explain path/to/model --file reviews.csv --out explained
   calig explain path/to/gpt2 --next-token --text "The capital of France is" --target " Paris" --versus " London"
+  calig explain path/to/image_model --file image.png --html page.html
 """
 
 
@@ -155,8 +156,8 @@ def _add_explain(commands: Any, shared: argparse.ArgumentParser) -> None:
     explain = commands.add_parser(
         "explain",
         parents=[shared],
-        help="explain what a fine-tuned classifier decides about texts, or what a language model writes next",
-        description="Explain texts with the model of a run, a Hugging Face folder or a checkpoint.",
+        help="explain what a classifier decides about texts or images, or what a language model writes next",
+        description="Explain texts or images with the model of a run, a Hugging Face folder or a checkpoint.",
         epilog=_EXPLAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -164,7 +165,10 @@ def _add_explain(commands: Any, shared: argparse.ArgumentParser) -> None:
     add("source", metavar="SOURCE", help="run directory, Hugging Face folder, or .ckpt of a run")
     add("--text", action="append", metavar="TEXT", help="a text; may be repeated")
     add("--text-pair", action="append", metavar="TEXT", help="the second text of each --text, for a model of pairs")
-    add("--file", metavar="FILE", help="texts from csv, tsv, json, jsonl, parquet, or txt (one a line); needs --out")
+    tables = (
+        "texts from csv, tsv, json, jsonl, parquet, or txt (one a line), with --out; or an image, or a folder of them"
+    )
+    add("--file", metavar="FILE", help=tables)
     add("--text-column", metavar="NAME", help="column of the texts (default: found by name)")
     add("--pair-column", metavar="NAME", help="column of the second texts")
     add("--out", metavar="DIR", help="write explanations/part-*.parquet into this new or empty folder")
@@ -178,7 +182,7 @@ def _add_explain(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     add("--steps", metavar="N|auto", help="nodes of the path (default: those of the run, else auto)")
     add("--option", action="append", default=[], metavar="key=value", help="option of the method; may be repeated")
-    add("--batch-size", type=int, default=16, metavar="N", help="texts at a time (default: 16)")
+    add("--batch-size", type=int, default=16, metavar="N", help="texts or images at a time (default: 16)")
     add = explain.add_argument_group(
         "next token",
         "What a causal language model (a Hugging Face folder) would write behind each text. Tokens are given by their "

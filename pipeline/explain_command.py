@@ -1,4 +1,4 @@
-"""What `calig explain` does: texts in, explanations to the terminal, to disk, to a page."""
+"""What `calig explain` does: texts or images in, explanations to the terminal, to disk, to a page."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from rich.console import Console
 
 from calig.pipeline.attribution.methods import create_method
 from calig.pipeline.errors import InputError
-from calig.pipeline.explain_request import Request, free_file, free_folder, request_texts
+from calig.pipeline.explain_request import Request, free_file, free_folder, request_images, request_texts
 from calig.pipeline.explanation import Explanation
+from calig.pipeline.image_opening import takes_pictures
+from calig.pipeline.image_rows import with_pictures
 from calig.pipeline.opening import source_kind
 from calig.pipeline.records import EXPLANATION_SCHEMA, append_lines, atomic_write, write_table
 
@@ -29,40 +31,49 @@ BATCHES_PER_SHARD = 20
 
 
 def run_explain(request: Request) -> int:
-    """Explain, show and write; returns the exit code, 3 where some texts could not be explained.
+    """Explain, show and write; returns the exit code, 3 where some texts or images could not be explained.
 
     Raises:
         InputError: Whatever is wrong with the request; nothing has been written then.
     """
     # What is cheap to check comes first: a mistake must not cost the loading of a model, and must leave nothing.
-    texts, pairs = request_texts(request)
+    pictures = request_images(request)
+    texts: Any
+    texts, pairs = (pictures, None) if pictures else request_texts(request)
     options = dict(request.options or {})
     create_method(request.method, options)
     if request.batch_size < 1:
         raise InputError(f"--batch-size takes 1 or more, got {request.batch_size}.")
     source_kind(Path(request.source))
+    if takes_pictures(request.source) != bool(pictures):
+        given = f"the image {request.file}" if pictures else "texts"
+        wanted = "images (--file IMAGE, or a folder of them)" if not pictures else "texts (--text, or --file of them)"
+        raise InputError(f"{request.source} takes {wanted}, got {given}.")
     out = None if request.out is None else free_folder(Path(request.out))
     page = None if request.html is None else free_file(Path(request.html))
 
     from calig.pipeline.explaining import check_texts
 
-    check_texts(texts, pairs)
+    if not pictures:
+        check_texts(texts, pairs)
     with _plain_warnings():
         asked = request.next_token
         job = _next_tokens(request, asked, texts, options) if asked else _decisions(request, texts, pairs, options)
         writer = _Writer(out, job.metadata, job.counted)
-        keep = request.file is None or page is not None
+        shown = request.file is None or len(pictures) == 1
+        keep = shown or page is not None
         kept: list[dict[str, Any]] = []
         for explained in _progress(job.batches, len(texts), request.batch_size):
-            writer.add(explained.explanations, explained.failures)
+            writer.add(explained.explanations, explained.failures, explained.files)
             if keep:
-                kept += explained.explanations
+                kept += with_pictures(explained.explanations, explained.files)
         writer.flush()
     explanations = [job.explanation(row) for row in sorted(kept, key=_by_id)]
-    if request.file is None:
+    if shown:
         _show(explanations)
     if page is not None:
-        atomic_write(page, html_page(explanations, request))
+        names = {number: Path(picture).name for number, picture in enumerate(pictures)}
+        atomic_write(page, html_page(explanations, request, names if len(names) > 1 else {}))
     _report(writer, request, job)
     return 3 if writer.failed else 0
 
@@ -105,6 +116,7 @@ def _decisions(request: Request, texts: Sequence[Any], pairs: Sequence[Any] | No
             "source": request.source,
             "file": request.file,
         },
+        unit="image" if opened.images else "text",
     )
 
 
@@ -139,17 +151,26 @@ def _next_tokens(request: Request, asked: NextTokenQuestion, texts: Sequence[Any
     )
 
 
-def html_page(explanations: Sequence[Explanation], request: Request) -> str:
-    """One self-contained page of explanations; loads nothing."""
+def html_page(explanations: Sequence[Explanation], request: Request, names: Mapping[int, str] | None = None) -> str:
+    """One self-contained page of explanations; loads nothing. `names` stand above those of these samples."""
     title = escape(f"{request.method} · {Path(request.source).name}")
-    sections = "\n".join(f"<section>{explanation._repr_html_()}</section>" for explanation in explanations)
+    names = names or {}
+    sections = "\n".join(
+        f"<section>{_heading(names.get(explanation.sample_id))}{explanation._repr_html_()}</section>"
+        for explanation in explanations
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>body{{max-width:50em;margin:2em auto;padding:0 1em;background:Canvas;"
-        "color:CanvasText;font:15px/1.6 system-ui,sans-serif}section{margin:0 0 2em}h1{font-size:1.1em}</style></head>"
+        "color:CanvasText;font:15px/1.6 system-ui,sans-serif}section{margin:0 0 2em}h1{font-size:1.1em}"
+        "h2{font-size:1em}</style></head>"
         f"<body><h1>{title}</h1>\n{sections}\n</body></html>\n"
     )
+
+
+def _heading(name: str | None) -> str:
+    return "" if name is None else f"<h2>{escape(name)}</h2>"
 
 
 class _Writer:
@@ -167,7 +188,9 @@ class _Writer:
         self._rows: list[dict[str, Any]] = []
         self._waiting = self._shards = 0
 
-    def add(self, rows: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]]) -> None:
+    def add(
+        self, rows: Sequence[dict[str, Any]], failures: Sequence[dict[str, Any]], files: Mapping[str, bytes]
+    ) -> None:
         """Take a batch; write when a shard is full."""
         # A text may have several labels, a row for each.
         units = {row["sample_id"]: row for row in rows}.values() if self.counted == "prediction" else rows
@@ -180,6 +203,9 @@ class _Writer:
         self.failed += failures
         if self.out is None:
             return
+        for place in [row["image_ref"] for row in rows if row.get("image_ref") in files]:
+            (self.out / place).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.out / place, files[place])
         if failures:
             self.out.mkdir(parents=True, exist_ok=True)
             append_lines(self.out / "failures.jsonl", failures)
@@ -207,8 +233,9 @@ def _show(explanations: Sequence[Explanation]) -> None:
 
 
 def _report(writer: _Writer, request: Request, job: _Job) -> None:
+    kind = "image" if job.unit == "image" else "text"
     for row in writer.failed[:5]:
-        print(f"calig: text {row['sample_id']} was not explained: {row['reason']}", file=sys.stderr)
+        print(f"calig: {kind} {row['sample_id']} was not explained: {row['reason']}", file=sys.stderr)
     if len(writer.failed) > 5:
         print(f"calig: ... and {len(writer.failed) - 5} more", file=sys.stderr)
     if request.out is not None:

@@ -1,4 +1,4 @@
-"""What `calig explain` is asked for: texts, options and places to write to, all checked before anything slow."""
+"""What `calig explain` is asked for: texts or images, options and places, all checked before anything slow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calig.pipeline.errors import InputError, unknown
+from calig.pipeline.image_opening import image_files
 
 if TYPE_CHECKING:
     from calig.pipeline.next_token import NextTokenQuestion
@@ -22,7 +23,7 @@ class Request:
         source: A run directory, a Hugging Face folder or a checkpoint.
         texts: Given in place of a file.
         text_pairs: Their second texts.
-        file: A file of texts, given in place of them.
+        file: A file of texts, given in place of them; or an image, or a folder of images.
         text_column: Its column; None: found by name.
         pair_column: The column of second texts.
         method: Attribution method.
@@ -89,6 +90,22 @@ def parse_next_token(
         -1 if position is None else position,
         log_prob,
     )
+
+
+def request_images(request: Request) -> list[Path]:
+    """Return the images that `--file` names, one or a folder of them; none where it names no image.
+
+    Raises:
+        InputError: Flags of texts beside them, or many images without a place for what is found.
+    """
+    found = [] if request.file is None else image_files(Path(request.file))
+    if not found:
+        return []
+    if request.texts or request.text_pairs or request.text_column or request.pair_column:
+        raise InputError(f"--file {request.file} is of images: drop --text, --text-pair and --text-column.")
+    if len(found) > 1 and request.out is None and request.html is None:
+        raise InputError(f"--file {request.file} holds {len(found)} images: add --out DIR or --html FILE.")
+    return found
 
 
 def request_texts(request: Request) -> tuple[list[Any], list[Any] | None]:

@@ -1,4 +1,4 @@
-"""`explain`: texts in, explanations out, from whatever a user has of a model."""
+"""`explain`: texts or images in, explanations out, from whatever a user has of a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from calig.pipeline.attribution.methods import create_method
 from calig.pipeline.errors import InputError, unknown
 from calig.pipeline.explanation import Explanation
+from calig.pipeline.image_opening import explain_pictures, takes_pictures
+from calig.pipeline.image_rows import with_pictures
 from calig.pipeline.opening import Opened, open_source
 from calig.pipeline.perturbation import CURVE_METRICS, perturbation_curves
 from calig.pipeline.records import explained_key
@@ -26,7 +28,7 @@ Text = str | list[str]
 
 def explain(
     source: str | Path | nn.Module,
-    texts: Sequence[str],
+    texts: Sequence[Any],
     *,
     method: str = "ca_lig",
     target: str | int = "predicted",
@@ -36,19 +38,19 @@ def explain(
     curves: bool = False,
     **options: Any,
 ) -> list[Explanation]:
-    """Explain what a classifier decides about texts.
+    """Explain what a classifier decides about texts, or about images.
 
     A text that is too long is cut, with a warning that says how much was lost; a model that was trained on overlapping
     windows (`data.windows`) reads it in windows, and the explanation is of the whole text.
 
     Args:
         source: A run directory, a Hugging Face folder, a Lightning checkpoint of a calig run, or a live model.
-        texts: The texts.
+        texts: The texts; for a model of images their paths, or PIL images.
         method: One of `available_methods()`.
         target: The class (or label) to explain: "predicted", its name, or its index.
         batch_size: Texts at a time; changes the speed only.
         text_pairs: The second text of each, for a model of pairs.
-        tokenizer: Needed with a live model.
+        tokenizer: Needed with a live model; for a model of images its image processor.
         curves: Measure perturbation curves and their controls too, for `Explanation.plot_curves`: some 30 forward
             passes more per text. Words are masked where the tokenizer has a token for it, else hidden from attention.
         **options: Options of the method, for example `steps=32` or `fusion="late"`. Those not given are what the run
@@ -59,7 +61,8 @@ def explain(
         most probable one where none is), one after the other.
 
     Raises:
-        InputError: No or an empty text, an unknown method, option or target, a source that cannot be opened.
+        InputError: No or an empty text, an image that cannot be read, an unknown method, option or target, a source
+            that cannot be opened.
         SampleFailure: A text could not be explained; the message names it.
 
     Example::
@@ -68,7 +71,10 @@ def explain(
             print(explanation)          # or let a notebook show it
             explanation.plot_layers()
     """
-    check_texts(texts, text_pairs)
+    if not takes_pictures(source):
+        check_texts(texts, text_pairs)
+    elif text_pairs is not None:
+        raise InputError("text_pairs belong to a model of texts; this one takes images.")
     create_method(method, options)  # before anything slow
     if batch_size < 1:
         raise InputError(f"batch_size takes 1 or more, got {batch_size}.")
@@ -82,7 +88,9 @@ def explain(
             from calig.pipeline.explained import SampleFailure
 
             first = explained.failures[0]
-            raise SampleFailure(f"text {first['sample_id']} was not explained by '{method}': {first['reason']}")
+            kind = "image" if opened.images else "text"
+            raise SampleFailure(f"{kind} {first['sample_id']} was not explained by '{method}': {first['reason']}")
+        explained.explanations = with_pictures(explained.explanations, explained.files)
         rows += explained.explanations if not curves else list(_with_curves(explained))
     rows.sort(key=lambda row: row["sample_id"])
     return [Explanation.from_row(row, opened.label_names, opened.segments) for row in rows]
@@ -144,7 +152,7 @@ def settings_of(opened: Opened, method: str, target: str | int, options: Mapping
 
 def explain_batches(
     opened: Opened,
-    texts: Sequence[Text],
+    texts: Sequence[Any],
     text_pairs: Sequence[Text] | None,
     settings: ExplainSettings,
     batch_size: int,
@@ -160,6 +168,9 @@ def explain_batches(
     from calig.pipeline.attribution import UnsupportedModelError
     from calig.pipeline.explainer import Explainer
 
+    if opened.images:
+        yield from explain_pictures(opened, texts, settings, batch_size)
+        return
     tokenizer = opened.tokenizer
     pairs = text_pairs if text_pairs is not None else [None] * len(texts)
     examples = [TextExample(i, text, None, pair) for i, (text, pair) in enumerate(zip(texts, pairs, strict=True))]

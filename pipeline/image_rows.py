@@ -104,6 +104,14 @@ def patch_names(special: Tensor, grid: tuple[int, int]) -> list[str]:
     return names
 
 
+def with_pictures(rows: Sequence[Mapping[str, Any]], files: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """Explanation rows with the content of the files that they refer to, as `picture` and `mask`."""
+    return [
+        {**row, "picture": files.get(row.get("image_ref") or ""), "mask": files.get(row.get("mask_ref") or "")}
+        for row in rows
+    ]
+
+
 def picture_files(pixel_values: Tensor, processor: Any) -> Iterator[bytes]:
     """Yield each image of a batch as PNG, no side longer than `MAX_SIDE`.
 

@@ -13,6 +13,7 @@ from calig.pipeline.calibration import calibrated_options
 from calig.pipeline.compose import CONFIG_FILE, load
 from calig.pipeline.config import Config, without_asked
 from calig.pipeline.errors import InputError
+from calig.pipeline.image_opening import load_image_folder, picture_processor, takes_pictures
 from calig.pipeline.records import shards, table_metadata
 from calig.pipeline.render.tokens import SEGMENTS, named_segments
 
@@ -32,9 +33,9 @@ class Opened:
 
     Attributes:
         model: In evaluation mode unless it was given live.
-        tokenizer: Of the model, with a pad token.
+        tokenizer: Of the model, with a pad token; of images the processor.
         label_names: Class names in the order of their indices.
-        max_length: Tokens per text, or per window of a text.
+        max_length: Tokens per text, or per window of a text; 0 for a model of images.
         windows: How longer texts are read; None: they are truncated.
         options: Method -> the options that its run explained with; none for what is not of a run.
         segments: What the two texts of pairs are called.
@@ -47,6 +48,11 @@ class Opened:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     segments: tuple[str, str] = SEGMENTS
     windows: WindowSettings | None = None
+
+    @property
+    def images(self) -> bool:
+        """Whether the model takes images."""
+        return self.max_length == 0
 
 
 def source_kind(path: Path) -> str:
@@ -90,6 +96,8 @@ def open_source(source: Any, tokenizer: Any = None) -> Opened:
     if isinstance(source, nn.Module):
         if tokenizer is None:
             raise InputError("a live model needs its tokenizer: explain(model, texts, tokenizer=tokenizer).")
+        if takes_pictures(source):
+            tokenizer = picture_processor(tokenizer)
         return _opened(source, tokenizer)  # as it is: the caller's model is not changed
     if not isinstance(source, (str, Path)):
         raise InputError(f"a source is a path or a live model, got {type(source).__name__}.")
@@ -115,7 +123,7 @@ def _ready(opened: Opened) -> Opened:
 
     opened.model.eval()
     config: Any = opened.model.config
-    if config.pad_token_id is None:  # decoders refuse batches without one
+    if not opened.images and config.pad_token_id is None:  # decoders refuse batches without one
         config.pad_token_id = opened.tokenizer.pad_token_id
     opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return opened
@@ -188,6 +196,8 @@ def _open_checkpoint(path: Path, tokenizer: Any) -> Opened:
         )
     if (run / "model" / "config.json").is_file():
         model, tokenizer = _load_folder(run / "model", tokenizer)
+    elif load(run, check=False).data.modality == "image":
+        raise InputError(f"{path} is of a training of images that has not ended: wait for {run / 'model'}.")
     else:  # the fit stage has not ended: what it would have written is made again from the configuration
         from calig.datamodules.text import TextDataModule
         from calig.datamodules.windows import remember_windows
@@ -214,6 +224,8 @@ def _open_checkpoint(path: Path, tokenizer: Any) -> Opened:
 
 
 def _load_folder(path: Path, tokenizer: Any, *, causal: bool = False) -> tuple[Any, Any]:
+    if takes_pictures(path) and not causal:
+        return load_image_folder(path, tokenizer)
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
@@ -253,13 +265,14 @@ def _opened(model: Any, tokenizer: Any, run: Path | None = None) -> Opened:
     from calig.datamodules.tokenization import ensure_pad_token
     from calig.datamodules.windows import WindowSettings
 
-    if tokenizer.pad_token_id is None:
+    images = takes_pictures(model)
+    if not images and tokenizer.pad_token_id is None:
         import copy
 
         tokenizer = copy.deepcopy(tokenizer)  # the caller's own stays what it is
         ensure_pad_token(tokenizer)
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
-    limits = [_LONGEST, tokenizer.model_max_length, _positions(model)]
+    limits = [] if images else [_LONGEST, tokenizer.model_max_length, _positions(model)]
     options: Mapping[str, Mapping[str, Any]] = {}
     segments = SEGMENTS
     if run is not None:
@@ -270,7 +283,7 @@ def _opened(model: Any, tokenizer: Any, run: Path | None = None) -> Opened:
     windows = WindowSettings.of_model(getattr(model, "config", None))
     if windows is not None:
         limits.append(windows.length)
-    length = min(limit for limit in limits if limit)
+    length = 0 if images else min(limit for limit in limits if limit)
     return Opened(model, tokenizer, [str(names[i]) for i in sorted(names)], int(length), options, segments, windows)
 
 

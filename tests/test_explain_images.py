@@ -167,13 +167,18 @@ def test_files_are_small_and_hold_image_and_mask():
 
 def test_shards_write_each_picture_once_and_a_resumed_run_mends_them(tmp_path):
     found = explained(VISION[0], operators=())
-    write_shard(tmp_path, "part-00000-00000", found, {"methods": {}})
+    write_shard(tmp_path, "part-00000-00000", found, {"methods": {}, "limits": {}})
     for row in read_rows(tmp_path / "explanations"):
         assert opened((tmp_path / row["image_ref"]).read_bytes()).size == (16, 16)
         assert row["mask_ref"] is None or (tmp_path / row["mask_ref"]).is_file()
         assert row["grid"] == [4, 4]
     listed = json.loads((tmp_path / "manifest" / "part-00000-00000.json").read_text())["files"]
     assert {"images/10.png", "images/11-mask.png"} < set(listed)
+    # Another method of the same samples refers to the same pictures.
+    before = (tmp_path / "images" / "10.png").stat().st_mtime_ns
+    more = explained(VISION[0], {"raw_attention": {}}, operators=())
+    write_shard(tmp_path, "part-00000-00001", more, {"methods": {}, "limits": {}})
+    assert (tmp_path / "images" / "10.png").stat().st_mtime_ns == before
     # What a killed session left of a shard that does not count goes, what counts stays.
     (tmp_path / "images" / "99.png").write_bytes(b"half")
     (tmp_path / "images" / ".98.png.1.tmp").write_bytes(b"half")
@@ -181,7 +186,7 @@ def test_shards_write_each_picture_once_and_a_resumed_run_mends_them(tmp_path):
     assert len(list((tmp_path / "images").iterdir())) == 5
     (tmp_path / "images" / "11.png").unlink()
     standing = take_up(tmp_path)
-    assert not standing.done and "11.png is gone" in standing.damaged[0]
+    assert not standing.done and ["11.png is gone" in damage for damage in standing.damaged] == [True, True]
     assert not list((tmp_path / "images").iterdir())
 
 

@@ -147,10 +147,10 @@ def test_layers_are_a_strip_and_other_plots_speak_of_patches():
 
 def test_the_terminal_shows_signs_without_colours_too():
     text = grid_text(SCORES, GRID)
-    assert text.plain == "+ --· + \n· · ++- \n+ - · ++"
+    assert text.plain == "+  -- ·  +  \n·  ·  ++ -  \n+  -  ·  ++ "
     assert "++" in str(Explanation.from_row(row())) and "r2c3 +1.00" in str(Explanation.from_row(row()))
     lines = grid_text([0.0] * 4, (2, 2)).plain
-    assert lines == "· · \n· · "
+    assert lines == "·  ·  \n·  ·  "
 
 
 def test_thumbnails_are_small_and_tiny_pictures_stay_as_they_are():

@@ -28,6 +28,7 @@ SIDE = 240
 """Pixels of an overlay's longer side, unless the picture is larger."""
 _RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
 _COLUMNS = 7
+_SPACED = 26  # columns of patches that fit into 80 characters with a blank between them
 
 
 def overlay(
@@ -204,7 +205,7 @@ def image_html(
 
 
 def grid_text(scores: Sequence[float], grid: Grid, *, scale: float | None = None) -> Text:
-    """The map for the terminal, a patch two characters wide: `++` and `+` support, `--` and `-` oppose.
+    """The map for the terminal, a patch two or three characters wide: `++` and `+` support, `--` and `-` oppose.
 
     The signs are there without colours too.
     """
@@ -216,6 +217,7 @@ def grid_text(scores: Sequence[float], grid: Grid, *, scale: float | None = None
         sign = "-" if value < 0 else "+"
         mark = "· " if abs(value) < 0.1 else sign * 2 if abs(value) >= 0.65 else sign + " "
         text.append(mark, style=terminal_style(value) or "dim")
+        text.append(" " if grid[1] <= _SPACED else "")
         if (i + 1) % grid[1] == 0 and i + 1 < len(scores):
             text.append("\n")
     return text

@@ -28,8 +28,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHOWN = {
     "token_f1": "token_f1",
     "auprc": "auprc",
-    "pointing_game": "pointing",
-    "mask_auprc": "m-auprc",
+    "mask_auprc": "mask auprc",
     "comprehensiveness": "compreh.",
     "sufficiency": "suffic.",
 }
