@@ -30,7 +30,9 @@ PRETRAIN = ["pretrain.epochs=2", "pretrain.decoder_width=16", "pretrain.decoder_
 
 
 def run(folder, *arguments):
-    return main(["run", f"run.dir={folder}", *TINY, *arguments])
+    """As it is asked for, but for what explains: `test_vision_explain.py`."""
+    stages = [] if any(item.startswith("stages=") for item in arguments) else ["stages=[fit,test]"]
+    return main(["run", f"run.dir={folder}", *TINY, *stages, *arguments])
 
 
 def test_train_and_test_on_scenes(tmp_path):
@@ -51,7 +53,14 @@ def test_train_and_test_on_scenes(tmp_path):
 
 def test_pretrain_then_fit(tmp_path):
     folder = class_folders(tmp_path / "pictures", {"cat": 20, "dog": 20}, splits=("train", "val", "test"))
-    own = ["experiment=cifar10_mae_tiny", "data.name=null", f"data.path={folder}", "data.batch_size=8", *PRETRAIN]
+    own = [
+        "experiment=cifar10_mae_tiny",
+        "stages=[pretrain,fit,test]",
+        "data.name=null",
+        f"data.path={folder}",
+        "data.batch_size=8",
+        *PRETRAIN,
+    ]
     assert run(tmp_path / "run", *own) == 0
     found = summary(tmp_path / "run")
     assert {"pretrain/loss", "pretrain/val/loss", "train/loss", "test/accuracy"} <= found.keys()
