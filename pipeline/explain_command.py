@@ -121,7 +121,7 @@ def _decisions(request: Request, texts: Sequence[Any], pairs: Sequence[Any] | No
 
 
 def _next_tokens(request: Request, asked: NextTokenQuestion, texts: Sequence[Any], options: Mapping[str, Any]) -> _Job:
-    from calig.pipeline.next_token import next_token_batches, next_token_explanation
+    from calig.pipeline.next_token import causal_defaults, next_token_batches, next_token_explanation
     from calig.pipeline.opening import open_language_model
     from calig.pipeline.vocabulary import quoted
 
@@ -142,7 +142,7 @@ def _next_tokens(request: Request, asked: NextTokenQuestion, texts: Sequence[Any
         {
             "next_token": asdict(asked),
             "token_names": names,
-            "methods": {request.method: dict(options)},
+            "methods": {request.method: {**causal_defaults(request.method, options), **options}},
             "source": request.source,
             "file": request.file,
         },

@@ -116,7 +116,7 @@ def explain_next_token(
         tokenizer: Needed with a live model.
         curves: Measure the target's probability as tokens of the prompt are removed, or kept alone, with controls, for
             `Explanation.plot_curves`. Tokens are masked where there is a token for it, else hidden from attention.
-        **options: Options of the method; `steps="auto"` where none are given.
+        **options: Options of the method. By default `steps="auto"`, and `fusion="carried"` for `ca_lig`.
 
     Returns:
         One explanation per prompt in their order; with `top` that many of each, the likeliest first.
@@ -146,6 +146,12 @@ def explain_next_token(
         rows += explained.explanations
     rows.sort(key=lambda row: row["sample_id"])  # stable: those of one prompt stay in order
     return [next_token_explanation(row, opened.tokenizer) for row in rows]
+
+
+def causal_defaults(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method does by default in a causal model: CA-LIG carries evidence back to where it was gathered from."""
+    given = {"fusion", "attention_gradient", "attention_gradient_at"} & set(options)
+    return {"fusion": "carried"} if method == "ca_lig" and not given else {}
 
 
 def next_token_explanation(row: Mapping[str, Any], tokenizer: Any) -> NextTokenExplanation:
@@ -186,7 +192,9 @@ def next_token_batches(
     from calig.pipeline.explainer import settings_for
 
     tokenizer = opened.tokenizer
-    chosen = settings_for([method], {method: options}, {"steps": "auto"})[method]
+    chosen = settings_for([method], {method: {**causal_defaults(method, options), **options}}, {"steps": "auto"})[
+        method
+    ]
     prompts = _prompts(opened, texts, question.position)
     asked = _Asked(
         question,

@@ -33,7 +33,7 @@ def test_in_the_terminal(model, capsys):
     out = capsys.readouterr().out
     first, text, *rest = out.splitlines()
     assert first.startswith('next " Paris" ') and 'rather than " London"' in first and "\x1b" not in out
-    assert text == PROMPT and rest[0].startswith("supports  ") and rest[-1].startswith("layers")
+    assert text == PROMPT and rest[0].startswith(("supports  ", "opposes  ")) and rest[-1].startswith("layers")
 
 
 def test_no_color_is_honoured(model, capsys, monkeypatch):
