@@ -210,15 +210,13 @@ def _aligned(example: TextExample, encoding: Any) -> dict[str, Any]:
 
 
 def _windowed(encoding: Any, windows: WindowSettings, special: int) -> dict[str, Any]:
-    own = [position for position, of in enumerate(encoding.sequence_ids) if of == 0]
-    starts, ends = [-1] * len(encoding.offsets), [-1] * len(encoding.offsets)
-    offsets = encoding.offsets
-    for position in own:
-        starts[position], ends[position] = offsets[position]
+    sequences, offsets = encoding.sequence_ids, encoding.offsets
+    own = [position for position, of in enumerate(sequences) if of == 0]
+    places = [place if of == 0 else (-1, -1) for place, of in zip(offsets, sequences, strict=True)]
     return {
         "windows": windows.spans(own[0], own[-1] + 1, special),
-        "char_start": starts,
-        "char_end": ends,
+        "char_start": [start for start, _ in places],
+        "char_end": [end for _, end in places],
     }
 
 

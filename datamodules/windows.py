@@ -80,7 +80,8 @@ class WindowSettings:
 
 def remember_windows(model: Any, windows: WindowSettings | None) -> None:
     """Let a model, and so the folder that it is saved in, know how it reads long texts."""
-    setattr(model.config, KEY, None if windows is None else asdict(windows))
+    if windows is not None or getattr(model.config, KEY, None):  # the config of others stays what it was
+        setattr(model.config, KEY, None if windows is None else asdict(windows))
 
 
 def places(spans: Sequence[Span], length: int) -> list[list[int]]:

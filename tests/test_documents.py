@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_batch
+from conftest import make_batch, make_bert
 
 from calig.pipeline.attribution import Contrast, ExplainableModel, attribute, available_methods
 from calig.pipeline.attribution.methods import create_method, method_options
@@ -176,6 +176,18 @@ def test_windows_that_oppose_each_other_are_refined_until_the_document_is_comple
     assert result.error_bound.max() <= 0.01 and result.completeness_gap.max() <= 0.01
     apart = sum(one.error_bound.double() * one.output_change.abs()[:, None] for one in own) / 3 / changes.mean().abs()
     assert apart.max() > 0.01
+
+
+@pytest.mark.parametrize("method", ["ca_lig", "integrated_gradients"])
+def test_a_document_of_3000_words_is_complete(method):
+    length = 3002
+    document = make_batch((length,))
+    starts = [*range(1, length - 1 - 38, 30), length - 1 - 38]
+    windows = [[0, *range(start, start + 38), length - 1] for start in starts]
+    document["windows"] = torch.tensor([windows])
+    result = attribute(make_bert(layers=2), document, method, steps="auto")
+    assert result.completeness_gap.max() < 0.01 and bool(result.converged.all())
+    assert result.scores.shape == (1, length) and bool((result.scores[0, 1:-1] != 0).all())
 
 
 @pytest.mark.parametrize("method", ["ca_lig", "integrated_gradients", "attention_rollout"])

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,6 +230,14 @@ def test_calibration_measures_what_attribute_would_give(pooling):
 
 # --- a whole run
 
+SETTINGS = [
+    "data=files", "data.max_length=14", "data.windows.overlap=4", "data.windows.limit=3", "data.batch_size=8",
+    "data.columns.rationale=rationale", "model=tiny", "model.scratch.layers=2", "model.scratch.width=16",
+    "model.scratch.heads=2", "model.scratch.intermediate=32", "model.scratch.vocab_size=120", "trainer.max_epochs=1",
+    "trainer.enable_progress_bar=false", "probe.num_samples=4", "probe.steps=8", "explain.num_samples=8",
+    "explain.batch_size=3", "explain.methods=[ca_lig,attention_rollout,random]", "logger.wandb.mode=disabled",
+]  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
@@ -240,19 +251,35 @@ def run_dir(tmp_path_factory):
         rows.append({"text": words, "label": ("pos", "neg")[i % 2], "rationale": marks})
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     before = dict(os.environ)
-    code = main([
-        "run", "experiment=quickstart", f"run.dir={folder / 'run'}", "data=files", "data.max_length=14",
-        f"data.path={folder / 'train.jsonl'}", "data.windows.overlap=4", "data.windows.limit=3",
-        "data.columns.rationale=rationale",
-        "data.batch_size=8", "model=tiny", "model.scratch.layers=2", "model.scratch.width=16", "model.scratch.heads=2",
-        "model.scratch.intermediate=32", "model.scratch.vocab_size=120", "trainer.max_epochs=1",
-        "trainer.enable_progress_bar=false", "probe.num_samples=4", "probe.steps=8", "explain.num_samples=8",
-        "explain.batch_size=3", "explain.methods=[ca_lig,attention_rollout,random]", "logger.wandb.mode=disabled",
-    ])  # fmt: skip
+    code = main(["run", f"run.dir={folder / 'run'}", f"data.path={folder / 'train.jsonl'}", *SETTINGS])
     os.environ.clear()
     os.environ.update(before)
     assert code == 0
     return folder / "run"
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_explain_documents_like_one(run_dir, tmp_path):
+    rows, summaries = {}, {}
+    for name in ("ddp_cpu", "cpu"):
+        # Half the rows on each of two processes make the batch of one.
+        size = {"ddp_cpu": 4, "cpu": 8}[name]
+        line = [
+            str(Path(sys.executable).with_name("calig")), "run", f"run.dir={tmp_path / name}", *SETTINGS,
+            f"data.path={run_dir.parent / 'train.jsonl'}", f"trainer={name}", f"data.batch_size={size}",
+        ]  # fmt: skip
+        done = subprocess.run(
+            line, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = list(read_rows(tmp_path / name / "explanations"))
+        assert len({(row["sample_id"], row["method"]) for row in found}) == len(found) == 24
+        rows[name] = {(row["sample_id"], row["method"]): row["scores"] for row in found}
+        summaries[name] = json.loads((tmp_path / name / "summary.json").read_text())
+    for key, scores in rows["cpu"].items():
+        assert scores == pytest.approx(rows["ddp_cpu"][key], abs=1e-3), key
+    for key in ("test/accuracy", "test/loss", "explain/ca_lig/comprehensiveness", "explain/random/token_f1"):
+        assert summaries["cpu"][key] == pytest.approx(summaries["ddp_cpu"][key], abs=1e-4), key
 
 
 def test_a_run_explains_whole_documents(run_dir):

@@ -342,3 +342,40 @@ def test_every_script_and_length_is_laid_out_well(tab, scripts_page, name, width
         assert painted <= {"rgba(0, 0, 0, 0)"}, "no relevance, no colour"
         assert texts(tab, "#v-legend") == ["no word has any relevance here"]
     assert tab.errors == []
+
+
+def test_a_document_of_3000_words_stays_in_its_box_and_its_map_puts_words_together(tab, tmp_path):
+    words = ["[CLS]", *(f"word{i}" for i in range(3000)), "[SEP]"]
+    sample = _sample(0, words, ["ca_lig", "random"], layers=6)
+    file = tmp_path / "long.html"
+    file.write_text(render_report(_data(samples=[sample])), encoding="utf8")
+    tab.errors.clear()
+    tab.open(file.as_uri(), 1280, 900)
+    assert len(texts(tab, "#v-text span")) == 3002
+    height, whole = tab.js(
+        "[document.querySelector('#v-text').clientHeight, document.querySelector('#v-text').scrollHeight]"
+    )
+    assert height <= 420 and whole > 5 * height
+    # 3,002 columns in groups of 13: no wider than the page, and as few shapes.
+    assert tab.js("document.querySelectorAll('#v-map rect').length") <= 6 * 231 + 20
+    assert tab.js("document.querySelector('#v-map').scrollWidth <= document.querySelector('#v-map').clientWidth + 1")
+    first = texts(tab, "#v-map text[transform]")[0]
+    assert first == "word0 … word11"
+    # A column of the map brings its words into view, and says what they sum to.
+    tab.js("document.querySelector('#v-map svg').scrollIntoView({ block: 'center' })")
+    tab.hover("#v-map svg")
+    text = texts(tab, "#v-readout")[0]
+    start, end = text.split(" +")[0].split(" −")[0].split(" … ")
+    place = int(start.removeprefix("word"))
+    scores = sample.explanations[0].layer_scores
+    block = int(text.split("block ")[1].split(",")[0]) - 1
+    assert int(end.removeprefix("word")) - place == 12
+    number = float(text.split()[3].replace("−", "-"))
+    assert number == pytest.approx(sum(scores[block][place + 1 : place + 14]), abs=13 / 127)
+    page_at = tab.js("window.scrollY")
+    tab.click("#v-map svg")
+    box = "document.querySelector('#v-text').getBoundingClientRect()"
+    word = f"document.querySelectorAll('#v-text span')[{place + 1}].getBoundingClientRect()"
+    assert tab.js(f"{word}.top > {box}.top && {word}.bottom < {box}.bottom")
+    assert abs(tab.js("window.scrollY") - page_at) < 60, "the page stays where it was"
+    assert tab.errors == []

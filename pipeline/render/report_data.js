@@ -46,6 +46,23 @@ const specials = (sample) => columns(sample, true).map((column) => column.specia
 const sums = (scores, cols) => cols.map((column) => column.at.reduce((sum, i) => sum + scores[i], 0));
 const wordScale = (values, cols) => maxAbs(values.filter((_, i) => !cols[i].special));
 
+// A long text scrolls in a box of its own, and its map puts neighbouring words together.
+const LONG = 240;
+
+// Columns, rows of values, and how many columns stand in one: at most LONG are left. Special tokens count in none.
+function fold(cols, rows) {
+  const size = Math.ceil(cols.length / LONG);
+  if (size < 2) return [cols, rows, 1];
+  const starts = Array.from({ length: Math.ceil(cols.length / size) }, (_, k) => k * size);
+  const groups = starts.map((start) => {
+    const words = cols.slice(start, start + size).filter((column) => !column.special);
+    const text = words.length > 1 ? `${words[0].text} … ${words.at(-1).text}` : words[0]?.text ?? cols[start].text;
+    return { text, names: [], special: !words.length, marked: words.some((column) => column.marked), at: [] };
+  });
+  const sum = (row, start) => row.slice(start, start + size).reduce((total, x, i) => total + (cols[start + i].special ? 0 : x), 0);
+  return [groups, rows.map((row) => starts.map((start) => sum(row, start))), size];
+}
+
 // Of one class the label tells, of several labels all of them; a number is neither right nor wrong.
 function outcome(sample) {
   if (sample.said !== undefined) return sample.right === null ? "" : sample.right ? "right" : "wrong";

@@ -1,9 +1,12 @@
 // Rows x words as SVG: blocks, the first at the bottom beside the words; or, `down`, probes, the first at the top. To
 // their right stands each row's share of all |relevance|, or what `marks` says.
 function drawMap(target, cols, rows, { perRow, current, onHover, onPick, labels, marks, down = false, rtl = false }) {
+  const totals = rows.map((row) => row.reduce((sum, x) => sum + Math.abs(x), 0));
+  let size;
+  [cols, rows, size] = fold(cols, rows);
   const bars = marks ? 16 + 6.2 * Math.max(...marks.map((mark) => mark.length)) : 64;
   const room = Math.floor((target.clientWidth - 34 - bars) / cols.length);
-  const cell = Math.max(19, Math.min(30, room)), tall = Math.max(9, Math.min(19, Math.round(260 / rows.length)));
+  const cell = Math.max(size > 1 ? 2 : 19, Math.min(30, room)), tall = Math.max(9, Math.min(19, Math.round(260 / rows.length)));
   const left = 34, top = 4;
   const longest = cols.reduce((most, column) => Math.max(most, short(column.text).length), 1);
   const foot = Math.min(118, 16 + longest * 6.2);
@@ -14,7 +17,6 @@ function drawMap(target, cols, rows, { perRow, current, onHover, onPick, labels,
 
   const limits = rows.map((row) => wordScale(row, cols));
   const whole = Math.max(...limits);
-  const totals = rows.map((row) => row.reduce((sum, x) => sum + Math.abs(x), 0));
   const total = totals.reduce((sum, x) => sum + x, 0) || 1, most = Math.max(...totals) || 1;
   const x = (i) => left + (rtl ? cols.length - 1 - i : i) * cell; // in the order of the text above
   const y = (layer) => top + (down ? layer : rows.length - 1 - layer) * tall;
@@ -30,7 +32,9 @@ function drawMap(target, cols, rows, { perRow, current, onHover, onPick, labels,
       svg.append(s("text", { x: left - 6, y: y(layer) + tall / 2 + 4, "text-anchor": "end", class: layer === current ? "on" : "" }, labels?.[layer] ?? layer + 1));
     }
   });
+  const every = Math.ceil(19 / cell); // columns between two labels
   cols.forEach((column, i) => {
+    if (i % every) return;
     const middle = x(i) + cell / 2 + 4, base = top + height + 8;
     svg.append(s("text", { x: middle, y: base, transform: `rotate(-60 ${middle} ${base})`, "text-anchor": "end", opacity: column.special ? 0.6 : 1 }, short(column.text)));
   });
@@ -53,7 +57,7 @@ function drawMap(target, cols, rows, { perRow, current, onHover, onPick, labels,
     onHover(cols[hit.i], rows[hit.layer][hit.i], hit.layer, totals[hit.layer] / total);
   });
   svg.addEventListener("pointerleave", () => cross.setAttribute("visibility", "hidden"));
-  svg.addEventListener("click", (event) => { const hit = find(event); if (hit) onPick(hit.layer); });
+  svg.addEventListener("click", (event) => { const hit = find(event); if (hit) onPick(hit.layer, hit.i * size); });
   target.replaceChildren(svg);
 }
 

@@ -42,7 +42,7 @@ function show(change = {}) {
       names: [...layers.map((_, i) => `block ${i + 1}`), "decision"], notes: [...blockShares(layers), ""] });
     else drawMap($("v-map"), cols, layers, { perRow: view.perRow, current: layer - 1, rtl: isRtl($("v-text")),
       onHover: (column, value, row, share) => readout($("v-readout"), column, value, `block ${row + 1}, which holds ${percent(share)} of all |relevance|`, chosen.layers[row][1] / 127),
-      onPick: (row) => show({ layer: row + 1 }) });
+      onPick: (row, column) => { show({ layer: row + 1 }); bringUp($("v-text"), column); } });
     $("v-map").scrollLeft = kept;
   }
   $("v-curves").hidden = !chosen?.curves.none;
@@ -74,6 +74,7 @@ function verdict(sample) {
 function paint(target, cols, values, scale, place, grain = 0, where = $("v-readout")) {
   target.replaceChildren();
   const pair = cols.findIndex((column) => column.second);
+  target.classList.toggle("long", cols.length > LONG);
   cols.forEach((column, i) => {
     if (pair >= 0 && (i === 0 || i === pair)) target.append(h("span", { class: "segment", dir: "auto" }, DATA.segments[Number(i === pair)]));
     if (column.space) target.append(" ");
@@ -82,6 +83,12 @@ function paint(target, cols, values, scale, place, grain = 0, where = $("v-reado
     node.onpointerenter = node.onclick = () => readout(where, column, values[i], place, grain);
     target.append(node);
   });
+}
+
+// In a long text, bring a word into view, but leave the page where it is.
+function bringUp(target, i) {
+  const node = target.children[i];
+  if (node) target.scrollTop = node.offsetTop - target.clientHeight / 3;
 }
 
 function readout(where, column, value, place, grain = 0) {
@@ -112,6 +119,8 @@ function metricLine(row) {
 }
 
 function compare(sample, cols, special) {
+  if (compare.shown?.[0] === sample && compare.shown[1] === view.pieces) return; // long texts take a moment
+  compare.shown = [sample, view.pieces];
   $("d-compare").hidden = sample.explanations.length < 2;
   $("v-compare").replaceChildren(...sample.explanations.map((row) => {
     const values = sums(unpack(row.scores, special), cols);
