@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_batch, make_bert
 
-from calig.pipeline.attribution import Contrast, ExplainableModel, attribute, available_methods
+from calig.pipeline.attribution import Contrast, ExplainableModel, NextToken, attribute, available_methods
 from calig.pipeline.attribution.methods import create_method, method_options
 from calig.pipeline.attribution.objective import ClassLogit
 from calig.pipeline.attribution.windows import Windows, own_mean, pool
@@ -281,6 +281,8 @@ def test_windows_that_do_not_fit_are_refused(bert, change, message):
         attribute(bert, make_documents() | change, target=0)
     with pytest.raises(InputError, match="unknown pooling 'median'"):
         attribute(bert, make_documents(), target=0, pooling="median")
+    with pytest.raises(InputError, match="a next token has one context"):
+        attribute(bert, make_documents(), objective=NextToken(3))
 
 
 def test_pooling_agrees_with_a_loop_and_has_its_gradient():

@@ -71,6 +71,10 @@ class NextToken:
 
     def bind(self, inputs: Inputs) -> BoundObjective:
         """See `Unbound`."""
+        if inputs.windows is not None:
+            raise InputError(
+                "a next token has one context: `windows` are for classifiers. Leave them out of the batch."
+            )
         against: Tensor | None = None
         if self.against is None:
             target = per_example(self.target, len(inputs), "target")
