@@ -239,7 +239,9 @@ class ExplainConfig:
     max_tokens_per_pass: int | Literal["auto"] = _key(
         "auto", "memory budget, rows times tokens; auto halves where memory runs out", low=1
     )
-    target: int | Literal["predicted", "label"] = _key("predicted", "class that is explained", low=0)
+    target: int | Literal["predicted", "label"] = _key(
+        "predicted", "class that is explained; of several labels per text each that is predicted or given", low=0
+    )
     operator: list[Operator] | Operator = _key(
         "mask",
         "how the metrics remove tokens or patches; one or a list (images: blur too; mean is mask, drop is delete)",

@@ -6,6 +6,7 @@ import re
 import pytest
 from test_explain_api import make_folder, make_run
 
+from calig.callbacks.media import probe_media
 from calig.pipeline import Explanation, explain
 from calig.pipeline.cli import main
 from calig.pipeline.render.decisions import Decision
@@ -143,3 +144,23 @@ def test_the_texts_of_a_run_are_called_as_their_columns(tmp_path):
     assert str(found).splitlines()[1].startswith("premise     [CLS] not bad")
     assert str(found).splitlines()[2].startswith("hypothesis  good")
     assert named_segments("0", "1") == ("first", "second") == named_segments(None, None)
+
+
+def test_loggers_show_pairs_labels_and_numbers():
+    row = {
+        **{"tokens": HOSTILE, "scores": SCORES, "word_ids": WORDS, "rationale": None, "layer_scores": None},
+        **{"completeness_gap": 0.1, "label": None, "prediction": 1, "target": 1, "probability": 0.75},
+    }
+    several = row | {"sample_id": 1, "predictions": [0, 1], "labels": [1], "segment": SEGMENT}
+    number = row | {"sample_id": 2, "target": 0, "prediction": 0, "probability": None, "value": 1.5, "label_value": 2.0}
+    one = row | {"sample_id": 3, "label": 0}
+    media = probe_media("ca_lig", [several, number, one], {}, {}, ["<joy>", "love"], 4)
+    columns, table = media["tables"]["val/explain/ca_lig/samples"]
+    cells = [dict(zip(columns, line, strict=True)) for line in table]
+    assert (cells[0]["label"], cells[0]["prediction"], cells[0]["probability"]) == ("love", "love of <joy>, love", 0.75)
+    assert (cells[1]["label"], cells[1]["prediction"], cells[1]["probability"]) == (2.0, 1.5, None)
+    assert (cells[2]["label"], cells[2]["prediction"], cells[2]["probability"]) == ("<joy>", "love", 0.75)
+    html, markdown = media["html"]["val/explain/ca_lig/tokens"], media["texts"]["val/explain/ca_lig/tokens"]
+    assert html.count(">second</div>") == 1 and "<script" not in html and "<joy>" not in html
+    assert "#2 · &lt;joy&gt; 1.500 · label 2.000" in html and "#3 · love p=0.75 · label &lt;joy&gt;" in html
+    assert "second&#58;" in markdown and "<" not in markdown
