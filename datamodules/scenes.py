@@ -1,6 +1,6 @@
 """Generated scenes in which one object decides the class, and its mask is known exactly.
 
-A scene is a textured background with one deciding object and up to three distractors. The deciding object is a cross, a
+A scene is a textured background with one deciding object and up to two distractors. The deciding object is a cross, a
 ring, a saltire or a pair of bars: that is the class. Distractors (discs, squares, triangles) have the same sizes and
 colours, stand at random places too, and their look says nothing of the class. The place of the deciding object is
 uniform over all places where it fits, whatever else is there, and every object is as often lighter as darker than the
@@ -31,11 +31,11 @@ MAX_SCENES: Final = 1_000_000  # over all splits
 # on one thread, while a linear model of the centre or of the mean colour stays at chance.
 _SIZES: Final = (11, 12, 13)
 _DISTRACTORS: Final = ("disc", "square", "triangle")
-_MOST_DISTRACTORS: Final = 3
+_MOST_DISTRACTORS: Final = 2
 _TRIES: Final = 20  # for a place that is still free; a distractor that finds none is left out
 _TEXTURE: Final = 0.1  # standard deviation of the background's slow and fast variation
 _GRAIN: Final = 0.04
-_CONTRAST: Final = (0.4, 0.6)  # between an object and the background's mean, in brightness
+_CONTRAST: Final = (0.45, 0.6)  # between an object and the background's mean, in brightness
 _TINT: Final = 0.12  # how far single channels depart from that
 
 
