@@ -185,8 +185,8 @@ def _add_explain(commands: Any, shared: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=16, metavar="N", help="texts or images at a time (default: 16)")
     add = explain.add_argument_group(
         "next token",
-        "What a causal language model (a Hugging Face folder) would write behind each text. Tokens are given by their "
-        "text, which counts the blank in front (' Paris'), or by id:N; --target is the most likely one by default.",
+        "What a causal language model (a Hugging Face folder) would write behind each text. Tokens are given by\n"
+        "their text, which counts the blank in front (' Paris'), or by id:N; --target is the likeliest by default.",
     ).add_argument
     add("--next-token", action="store_true", help="explain the next token")
     add("--versus", metavar="TOKEN", help="the token that --target is set against: why this rather than that one")
