@@ -116,7 +116,7 @@ def explain_next_token(
         tokenizer: Needed with a live model.
         curves: Measure the target's probability as tokens of the prompt are removed, or kept alone, with controls, for
             `Explanation.plot_curves`. Tokens are masked where there is a token for it, else hidden from attention.
-        **options: Options of the method. By default `steps="auto"`, and `fusion="carried"` for `ca_lig`.
+        **options: Options of the method. By default `steps="auto"`, and `fusion="carried"` with `lam=0.5` for `ca_lig`.
 
     Returns:
         One explanation per prompt in their order; with `top` that many of each, the likeliest first.
@@ -151,7 +151,7 @@ def explain_next_token(
 def causal_defaults(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """What a method does by default in a causal model: CA-LIG carries evidence back to where it was gathered from."""
     given = {"fusion", "attention_gradient", "attention_gradient_at"} & set(options)
-    return {"fusion": "carried"} if method == "ca_lig" and not given else {}
+    return {"fusion": "carried", "lam": 0.5} if method == "ca_lig" and not given else {}
 
 
 def next_token_explanation(row: Mapping[str, Any], tokenizer: Any) -> NextTokenExplanation:
