@@ -46,7 +46,8 @@ function paintMap(canvas, sample, values, scale, width, how) {
     if (sample.outline && view.outline) {
       const [text, wide, tall] = sample.outline, path = new Path2D(text);
       context.scale(width / wide, height / tall);
-      for (const [colour, size] of [["#141414", 4], ["#fff", 1.6]]) {
+      const thin = width < 150 ? 0.5 : 1; // a line must not hide a small map
+      for (const [colour, size] of [["#141414", 4 * thin], ["#fff", 1.6 * thin]]) {
         Object.assign(context, { strokeStyle: colour, lineWidth: size * wide / width, lineCap: "square" });
         context.stroke(path);
       }
@@ -114,14 +115,15 @@ function blockShares(rows) {
 }
 
 function compareImages(target, sample, cols, special) {
-  const picture = h("canvas", {});
+  const named = (name) => h("canvas", { role: "img", "aria-label": name });
+  const picture = named("the picture");
   paintMap(picture, sample, [], 1, 220, "picture");
   target.classList.add("small");
   target.replaceChildren(h("div", {}, h("p", {}, h("b", {}, "the picture"), " ", sample.outline ? "the object outlined" : ""), picture),
     ...sample.explanations.map((row) => {
-      const values = sums(unpack(row.scores, special), cols), canvas = h("canvas", {});
+      const values = sums(unpack(row.scores, special), cols), canvas = named(`map of ${DATA.methods[row.method]}`);
       paintMap(canvas, sample, patchesOf(values, cols), wordScale(values, cols), 220, view.how === "picture" ? "patches" : view.how);
-      return h("div", {}, h("p", {}, h("b", {}, DATA.methods[row.method]), " ", ...gap(row)), canvas);
+      return h("div", {}, h("p", {}, h("b", {}, DATA.methods[row.method]), " ", ...(row.gap === null ? [] : gap(row))), canvas);
     }));
 }
 
