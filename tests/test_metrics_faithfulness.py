@@ -219,7 +219,7 @@ def test_bad_input_is_named():
         ({"bins": (0.1, 0.33333)}, "0.33333"),
         ({"bins": ()}, "at least one"),
         ({"spaces": ["logits"]}, "Did you mean 'logit'"),
-        ({"operators": ["blur"]}, "unknown operator 'blur'"),
+        ({"operators": ["blur"]}, "unknown operator on texts 'blur'"),
         ({"ids": [1, 2]}, "2 sample ids"),
     ):
         with pytest.raises(InputError, match=message):

@@ -155,7 +155,7 @@ def test_the_oracle_knows_its_limits():
         oracle(forward, texts([3]), [0], metric="infidelity")
     with pytest.raises(InputError, match="Did you mean 'logit'"):
         oracle(forward, texts([3]), [0], metric="deletion_auc", space="logits")
-    with pytest.raises(InputError, match="unknown operator 'blur'"):
+    with pytest.raises(InputError, match="unknown operator on texts 'blur'"):
         oracle(forward, texts([3]), [0], metric="deletion_auc", operator="blur")
     with pytest.raises(InputError, match="bins is empty"):
         oracle(forward, texts([3]), [0], metric="log_odds", bins=())
