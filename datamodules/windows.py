@@ -78,10 +78,21 @@ class WindowSettings:
         return [(first, first + room) for k in range(count) for first in [min(start + k * step, stop - room)]]
 
 
-def remember_windows(model: Any, windows: WindowSettings | None) -> None:
-    """Let a model, and so the folder that it is saved in, know how it reads long texts."""
+def remember_windows(model: Any, windows: WindowSettings | None) -> str:
+    """Let a model, and so the folder that it is saved in, know how it reads long texts.
+
+    Returns:
+        What to say if it was trained to read them otherwise; empty where it was not, or knew nothing of windows.
+    """
+    trained = WindowSettings.of_model(model.config)
     if windows is not None or getattr(model.config, KEY, None):  # the config of others stays what it was
         setattr(model.config, KEY, None if windows is None else asdict(windows))
+    if trained in (None, windows):
+        return ""
+    return (
+        f"the model was trained on {trained}, and this run reads {windows or 'truncated texts'}: set data.max_length "
+        "and data.windows alike for the same decisions"
+    )
 
 
 def places(spans: Sequence[Span], length: int) -> list[list[int]]:

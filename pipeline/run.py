@@ -174,6 +174,7 @@ class RunContext:
         """The LightningModule; its weights are the best ones once the fit stage has ended."""
         from lightning.pytorch import seed_everything
 
+        from calig.datamodules.windows import remember_windows
         from calig.pipeline.models import load_model
         from calig.pipeline.module import ClassificationModule, OptimizerSettings, loss_settings
 
@@ -189,7 +190,8 @@ class RunContext:
             processor=data.processor,
             task=self.task,
         )
-        self._set_windows(model)
+        if (other := remember_windows(model, data.windows)) and not self.trains:
+            self.console.warn(other)
         optimizer = OptimizerSettings(config.lr, config.weight_decay, config.warmup, config.schedule)
         size = sum(parameter.numel() for parameter in model.parameters())
         kind = config.name or f"{config.scratch.type} from scratch"
@@ -200,17 +202,6 @@ class RunContext:
             rows = data.dataset("train").rows
             loss = loss_settings(config, data.label_names, lambda: [row["labels"] for row in rows], self.task)
         return ClassificationModule(model, data.label_names, optimizer, loss, self.task, threshold_of(model.config))
-
-    def _set_windows(self, model: Any) -> None:
-        from calig.datamodules.windows import WindowSettings, remember_windows
-
-        windows, trained = self.data.windows, WindowSettings.of_model(model.config)
-        if trained is not None and trained != windows and not self.trains:
-            self.console.warn(
-                f"the model was trained on {trained}, and this run reads "
-                f"{windows or 'truncated texts'}: set data.max_length and data.windows alike for the same decisions"
-            )
-        remember_windows(model, windows)
 
     @cached_property
     def loggers(self) -> list[Logger]:
