@@ -53,9 +53,10 @@ class TextDataConfig(Protocol):
         test_fraction: Share of the training rows that becomes ``test`` where the source has none.
         size: Sentences per split of the controlled corpus.
 
-    Read where they exist: ``config``, the configuration of a hub data set that has several, ``eval_batch_size``
-    (None: ``batch_size``), for the loaders of val and test, ``windows`` (see ``WindowSettings``), and ``keep_labels``
-    and ``remove`` (see ``select``).
+    Read where they exist: ``config``, the configuration of a hub data set that has several; ``eval_batch_size``
+    (None: ``batch_size``), for the loaders of val and test; ``windows`` (see ``WindowSettings``); ``keep_labels`` and
+    ``remove`` (see ``select``); ``strip_quotes``, whether texts lose the quotes that they stand in as a whole; and
+    ``columns.indicators``, a column of 0 and 1 per label.
     """
 
     @property

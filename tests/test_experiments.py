@@ -6,7 +6,7 @@ import datasets
 import pytest
 from test_data_sources import write_jsonl
 
-from calig.datamodules.sources import load_corpus
+from calig.datamodules.sources import Use, load_corpus
 from calig.pipeline.cli import main
 from calig.pipeline.compose import compose, options
 from calig.pipeline.config import Config
@@ -128,6 +128,40 @@ def test_hub_readings_fit_the_format_of_their_cards(group, data, names, tmp_path
     assert asked == [(data, None)] and corpus.label_names == names
     assert set(corpus.splits) == {"train", "val", "test"} and all(corpus.splits.values())
     assert all(e.text and isinstance(e.label, int) for rows in corpus.splits.values() for e in rows)
+
+
+def test_hub_readings_of_the_other_tasks(tmp_path, monkeypatch):
+    emotions = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "labels": datasets.Sequence(datasets.ClassLabel(names=["admiration", "anger", "neutral"])),
+            "id": datasets.Value("string"),
+        }
+    )
+    rows = {"text": ["a", "b", "c"], "labels": [[0], [1, 2], [2]], "id": ["x", "y", "z"]}
+    several = datasets.Dataset.from_dict(rows, features=emotions)
+    pairs = datasets.Dataset.from_dict(
+        {"sentence1": ["a b", "c d"], "sentence2": ["a", "e"], "score": [0.75, 0.0]},
+    )
+    loaded = {"google-research-datasets/go_emotions": several, "sentence-transformers/stsb": pairs}
+    splits = ("train", "validation", "test")
+
+    def load_dataset(name, config, **_):
+        assert config == ("simplified" if "emotions" in name else None)
+        return datasets.DatasetDict(dict.fromkeys(splits, loaded[name]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for group, task in (("go_emotions", "multi_label"), ("stsb", "regression")):
+        config = compose(["model=tiny", f"data={group}"], check=False).data
+        assert config.task == task
+        corpus = load_corpus(config, 0, Use(task=task))
+        labels = [e.label for e in corpus.splits["train"]]
+        if task == "multi_label":
+            assert corpus.label_names == ["admiration", "anger", "neutral"]
+            assert labels == [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]]
+        else:
+            assert corpus.label_names == ["score"] and labels == [0.75, 0.0]
+            assert [e.text_pair for e in corpus.splits["test"]] == ["a", "e"]
 
 
 def test_what_the_full_runs_ask_for():

@@ -17,7 +17,8 @@ from transformers import BertPreTrainedModel
 from calig.pipeline.cli import main
 from calig.pipeline.compose import compose
 from calig.pipeline.costs import COSTS
-from calig.pipeline.explainer import Explainer, ExplainSettings, limited
+from calig.pipeline.explainer import Explainer, ExplainSettings
+from calig.pipeline.limits import limited
 from calig.pipeline.metrics.names import DEFAULT_METRICS, FAITHFULNESS_METRICS, METRICS
 from calig.pipeline.records import read_rows
 from calig.pipeline.stages.explain import rationale_length

@@ -19,7 +19,7 @@ FLOORS = [
     ({"calig.pipeline.explained", "calig.pipeline.image_rows", "calig.pipeline.perturbers"}, 1),
     ({"calig.pipeline.explanation", "calig.pipeline.loading"}, 1),
     ({"calig.pipeline.calibrating", "calig.pipeline.calibration"}, 1),
-    ({"calig.pipeline.manifest", "calig.pipeline.perturbation"}, 1),
+    ({"calig.pipeline.limits", "calig.pipeline.manifest", "calig.pipeline.perturbation"}, 1),
     ({"calig.pipeline.benchmarking", "calig.pipeline.costs"}, 1),
     ({"calig.pipeline.concept_rows", "calig.pipeline.concept_testing"}, 1),
     ({"calig.pipeline.flow_rows"}, 1),

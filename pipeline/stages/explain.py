@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from calig.pipeline import manifest
-from calig.pipeline.explainer import ExplainSettings, limited, scalar_key
+from calig.pipeline.explainer import ExplainSettings, scalar_key
 from calig.pipeline.flow_summary import summarise_flows
+from calig.pipeline.limits import limited
 from calig.pipeline.loading import mean_curves
 from calig.pipeline.metrics import Summary, is_flagged, small_sample_warning, summarise
 from calig.pipeline.metrics.randomisation import KEPT_TOO_MUCH
