@@ -247,6 +247,8 @@ def test_a_run_of_a_regression(number):
     assert summary[key] == pytest.approx(mean_over_samples(measured, "comprehensiveness", "logit"), abs=1e-9)
     page = (number / "report.html").read_text()
     assert "Pearson r" in page and "RMSE" in page and f"stars {rows[0]['value']:.3f}" in page
+    main = page[page.index('<table class="metrics">') :].split("</table>")[0]
+    assert "comprehensiveness" in main and "sufficiency" in main, "no metric of a regression is one of probabilities"
     one = explain(number, ["a good film"], steps=5)[0]
     assert one.summary().startswith(f"stars {one.value:.3f} · ca_lig") and one.probability is None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from calig.pipeline.render.labels import SIGNIFICANT, Metric, comparable, metric, number, p_value
+from calig.pipeline.render.labels import ON_OUTPUT, SIGNIFICANT, Metric, comparable, metric, number, p_value
 from calig.pipeline.render.rows import MetricRow
 
 Values = dict[tuple[str, str, str], MetricRow]
@@ -64,9 +64,18 @@ class Table:
 
 
 def leaderboards(rows: Sequence[MetricRow], primary: str) -> tuple[Table, Table]:
-    """The main table, and the table of the same metrics under other perturbation operators or on logits."""
-    main = [row for row in rows if not metric(row.metric).other_operator]
-    other = [row for row in rows if metric(row.metric).other_operator]
+    """The main table, and the table of the same metrics under other perturbation operators or on logits.
+
+    A regression has no probability: its metrics on the output, with the default operator, stand in the main table.
+    """
+    names = {row.metric for row in rows}
+    apart = {
+        name
+        for name in names
+        if metric(name).other_operator and not (name.endswith(ON_OUTPUT) and name.removesuffix(ON_OUTPUT) not in names)
+    }
+    main = [row for row in rows if row.metric not in apart]
+    other = [row for row in rows if row.metric in apart]
     return _table(main, primary), _table(other, primary)
 
 
