@@ -138,7 +138,7 @@ class TextDataModule(ClassificationData[EncodedDataset]):
                     "or model.checkpoint to the folder of the model that is to be explained."
                 )
             texts = [text for e in corpus.splits["train"] for text in (e.text, e.text_pair) if text is not None]
-            self._tokenizer = train_tokenizer(self.trained, texts, self.vocab_size, length)
+            self._tokenizer = train_tokenizer(self.train_kind, texts, self.vocab_size, length)
         ensure_pad_token(self._tokenizer)
         pairs = any(examples[0].text_pair is not None for examples in corpus.splits.values())
         check_length(self._tokenizer, length, pairs, self.max_positions)
