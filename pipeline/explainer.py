@@ -248,7 +248,10 @@ class Explainer:
             with self.model.session():  # in the precision that the explanations are made in
                 self._measure(rows, facts, results, bad, costs)
             before = self.settings.measured
-            rows.metrics = [row for row in rows.metrics if row["control"] != "random" or row["sample_id"] not in before]
+            shared = ("random", "centre")
+            rows.metrics = [
+                row for row in rows.metrics if row["control"] not in shared or row["sample_id"] not in before
+            ]
         if facts.head.task == "multi_label":
             targets = dict(zip(ids, facts.target.tolist(), strict=True))
             rows.metrics = [row | {"target": targets[row["sample_id"]]} for row in rows.metrics]
