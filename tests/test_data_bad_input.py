@@ -86,7 +86,7 @@ def test_bad_input(tmp_path, files, name, parts):
 def test_the_examples_of_the_documentation_compose():
     text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("    calig run")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         compose(command, check=False)
 

@@ -128,7 +128,7 @@ def test_the_same_as_the_engine_says(gpt2, byte_level):
     padded.pad_token = padded.eos_token
     batch = dict(padded(PROMPT, return_tensors="pt"))
     options = {"objective": NextToken(found.target), "tokenizer": padded, "steps": 9}
-    by_hand = attribute(gpt2, batch, fusion="carried", **options)
+    by_hand = attribute(gpt2, batch, fusion="carried", lam=0.5, **options)
     assert torch.allclose(scores(found), by_hand.scores[0], atol=1e-5)
     assert torch.allclose(torch.tensor(found.layer_scores), by_hand.layer_scores[0], atol=1e-5)
     # What is asked for wins over what suits causal models.

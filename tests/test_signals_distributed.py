@@ -98,7 +98,7 @@ def test_a_failed_sample_is_exit_code_3_on_both(whole, tmp_path):  # noqa: F811
     folder = copied(whole, tmp_path)
     path = sorted((folder / "manifest").glob("*.json"))[0]
     content = json.loads(path.read_text())
-    failure = {"sample_id": content["samples"][0], "method": "random", "reason": "as a test"}
+    failure = {"sample_id": content["explained"][0]["samples"][0], "method": "random", "reason": "as a test"}
     path.write_text(json.dumps(content | {"failures": [failure]}))
     assert together(folder, None, *settings) == [3, 3]
 
