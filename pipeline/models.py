@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from calig.datamodules.image_processor import FILE as PROCESSOR_FILE
 from calig.datamodules.image_processor import ImageProcessor
@@ -262,6 +263,9 @@ def _pretrained(
             base_name(source), f"the base model of {key}={source}", None, labels, images=images, **_NO_HEAD
         )
         return load_adapter_folder(inner, source, keep_head=keep_head)
+    verbosity = logging.get_verbosity()
+    if images:  # else it lists the decoder of an autoencoder, weight by weight; what is missing is judged below
+        logging.set_verbosity_error()
     try:
         # Never the code that a folder or a hub page brings along; pickled weights are read as weights only.
         auto, more = image_classifier(source, revision, labels) if images else (_TEXT_CLASSIFIER, labels)
@@ -276,6 +280,8 @@ def _pretrained(
         )
     except Exception as error:  # whatever the readers of many formats raise
         raise _not_loaded(source, key, error) from error
+    finally:
+        logging.set_verbosity(verbosity)
     missing = set(report["missing_keys"])
     body = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
     if len(missing.intersection(body)) > len(body) / 2:
