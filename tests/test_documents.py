@@ -95,8 +95,8 @@ def test_windows_attributed_one_by_one_and_pooled_are_the_same(bert, method):
 @pytest.mark.parametrize("fusion", ["column", "diagonal", "gated", "late"])
 def test_ca_lig_is_fused_on_the_scale_of_the_document(bert, fusion):
     documents = make_documents()
-    method = create_method("ca_lig", STEPS | {"fusion": fusion})
-    result = attribute(bert, documents, target=1, fusion=fusion, **STEPS)
+    method = create_method("ca_lig", STEPS | {"fusion": fusion, "lam": 0.5})
+    result = attribute(bert, documents, target=1, fusion=fusion, lam=0.5, **STEPS)
     model = ExplainableModel(bert)
     for row, of in enumerate(PLACES):
         # By hand: the ingredients of each window alone, divided by the largest of all windows.
