@@ -130,7 +130,7 @@ def fuse_by_hand(evidence, gradients, readouts, fusion):
     if fusion == "late":
         sums = scaled([sum(own[layer][w] for layer in blocks) for w in range(len(evidence))])
         flows = scaled([rolled(gradients[w], readouts[w]) for w in range(len(evidence))])
-        return [0.7 * a + 0.3 * b for a, b in zip(sums, flows, strict=True)]
+        return [0.5 * a + 0.5 * b for a, b in zip(sums, flows, strict=True)]
     factors = []
     for layer in blocks:
         of_block = [g[layer] for g in gradients]
@@ -141,7 +141,7 @@ def fuse_by_hand(evidence, gradients, readouts, fusion):
         keys = [
             o.expand_as(g) / len(o) if fusion == "column" else o.diag() for o, g in zip(own[layer], grads, strict=True)
         ]
-        factors.append([0.7 * k + 0.3 * g for k, g in zip(keys, grads, strict=True)])
+        factors.append([0.5 * k + 0.5 * g for k, g in zip(keys, grads, strict=True)])
     return [rolled([f[w] for f in factors], readouts[w]) for w in range(len(evidence))]
 
 
