@@ -194,7 +194,9 @@ def class_names(config: PretrainedConfig) -> list[str]:
 
 
 def prepare_training(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
-    """Put on what only training needs: adapters, gradient checkpointing, compilation; `finish_training` takes it off.
+    """Put on what only training needs: dropout, adapters, gradient checkpointing, compilation.
+
+    `finish_training` takes it off.
 
     Returns:
         The model, or the PEFT model around it.
@@ -212,7 +214,8 @@ def prepare_training(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
     if config.compile:
         # In place, so that checkpoints hold the same keys as without it.
         prepared.compile()
-    return prepared
+    # What is loaded is in evaluation mode, and Lightning trains a model in the mode that it finds.
+    return prepared.train()
 
 
 def finish_training(model: nn.Module) -> PreTrainedModel:

@@ -58,6 +58,17 @@ def test_from_a_local_folder_with_its_tokenizer(model, tokenizer, tmp_path):
     assert torch.equal(other.bert.embeddings.word_embeddings.weight, model.bert.embeddings.word_embeddings.weight)
 
 
+def test_a_model_that_was_loaded_trains_with_its_dropout(model, tokenizer, tmp_path):
+    """transformers loads in evaluation mode, in which gradient checkpointing, too, would do nothing."""
+    model.save_pretrained(tmp_path)
+    loaded = load_model(ModelConfig(name=str(tmp_path)), ["no", "yes"], tokenizer)
+    assert not loaded.training
+    prepared = prepare_training(loaded, ModelConfig())
+    assert all(part.training for part in prepared.modules())
+    ids = torch.tensor([[2, 5, 6, 3]])
+    assert not torch.equal(prepared(ids).logits, prepared(ids).logits)
+
+
 def test_from_a_checkpoint_file_or_folder(model, tokenizer, tmp_path):
     module = ClassificationModule(model, ["no", "yes"])
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)

@@ -41,7 +41,7 @@ def run_stage(context: RunContext) -> None:
     if context.is_main:
         drop_rows(directory.path, step, pretraining=True)
     trainer = context.make_trainer([resume], max_epochs=config.epochs, max_steps=-1)
-    trainer.fit(PretrainingModule(model, optimizer), data, ckpt_path=last)
+    trainer.fit(PretrainingModule(model.train(), optimizer), data, ckpt_path=last)
     resume.end_if_asked()
 
     def finish() -> None:
