@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from calig.pipeline.errors import InputError
 from calig.pipeline.perturbation import CURVE_METRICS, Curves, perturbation_curves
-from calig.pipeline.records import explained_key, read_bins, read_rows, read_scalars, shards, table_metadata
+from calig.pipeline.records import explained_key, logged_rows, read_bins, read_rows, shards, table_metadata
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +36,7 @@ def load_explanations(run: str | Path) -> Dataset:
 def learning_curves(run: str | Path) -> dict[str, list[tuple[float, float]]]:
     """Every scalar of `metrics.csv` as (step, value) points; empty where there is none."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for row in read_scalars(Path(run) / "metrics.csv"):
+    for row in logged_rows(Path(run)):
         for key, text in row.items():
             if text and key not in ("epoch", "step"):
                 curves.setdefault(key, []).append((float(row["step"]), float(text)))

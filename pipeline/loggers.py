@@ -13,14 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from calig.pipeline.config import Config
 from calig.pipeline.console import Console
-from calig.pipeline.records import atomic_write, read_scalars
+from calig.pipeline.records import EARLIER, METRICS, atomic_write, logged_rows
 from calig.pipeline.wandb_run import identity
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
-
-METRICS = "metrics.csv"
-_EARLIER = ".metrics-before.csv"
 
 
 def make_loggers(config: Config, folder: Path, console: Console, *, main: bool) -> list[Logger]:
@@ -37,7 +34,7 @@ def make_loggers(config: Config, folder: Path, console: Console, *, main: bool) 
     if main and (folder / METRICS).exists():
         # CSVLogger deletes what an earlier session of this run wrote: set it aside, and join it at the end.
         join_metrics(folder)
-        (folder / METRICS).replace(folder / _EARLIER)
+        (folder / METRICS).replace(folder / EARLIER)
     loggers: list[Logger] = [_guarded(CSVLogger, METRICS, console)(folder, name="", version="")]
     if config.logger.wandb.mode != "disabled":
         wandb_logger = _wandb_logger(config, folder, console, main=main)
@@ -61,7 +58,7 @@ def finish_loggers(loggers: list[Logger], folder: Path, console: Console, *, mai
 
 def join_metrics(folder: Path) -> None:
     """Put the rows of an earlier session in front of those of this one."""
-    earlier, now = folder / _EARLIER, folder / METRICS
+    earlier, now = folder / EARLIER, folder / METRICS
     if not earlier.exists():
         return
     _write(now, logged_rows(folder))
@@ -93,12 +90,7 @@ def drop_rows(folder: Path, step: int, *, pretraining: bool = False) -> None:
     kept = [row for row in rows if int(row["step"]) < step or not of_it(row)]
     if len(kept) < len(rows):
         _write(folder / METRICS, kept)
-        (folder / _EARLIER).unlink(missing_ok=True)
-
-
-def logged_rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv, those of earlier sessions of the run first."""
-    return [*read_scalars(folder / _EARLIER), *read_scalars(folder / METRICS)]
+        (folder / EARLIER).unlink(missing_ok=True)
 
 
 def _guarded(cls: type[Any], what: str, console: Console) -> type[Any]:

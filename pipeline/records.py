@@ -103,6 +103,11 @@ def measured_key(row: Mapping[str, Any]) -> SampleKey:
     return row["sample_id"] if row.get("target") is None else (row["sample_id"], row["target"])
 
 
+METRICS = "metrics.csv"
+EARLIER = ".metrics-before.csv"
+"""What earlier sessions of a run have logged, while a session is writing."""
+
+
 class Digest(NamedTuple):
     """What a file must look like to be whole."""
 
@@ -268,6 +273,11 @@ def read_scalars(path: Path) -> list[dict[str, str]]:
     whole = text[: text.rfind("\n") + 1].replace("\0", "")
     rows = csv.DictReader(io.StringIO(whole))
     return [row for row in rows if None not in row and None not in row.values() and row.get("step", "").isdigit()]
+
+
+def logged_rows(run: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv; those of earlier sessions, which are set aside while one writes, first."""
+    return [*read_scalars(run / EARLIER), *read_scalars(run / METRICS)]
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

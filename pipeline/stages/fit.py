@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from calig.pipeline.config import asked_options, without_asked
-from calig.pipeline.loggers import drop_rows, logged_rows
+from calig.pipeline.loggers import drop_rows
+from calig.pipeline.records import logged_rows
 from calig.pipeline.run import RunContext
 from calig.pipeline.tasks import MONITORED
 
