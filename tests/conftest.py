@@ -4,10 +4,14 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Of processes that tests start. A pool of threads does not outlive a fork: a child that computes would wait for ever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
+
+torch.set_num_threads(1)
 
 
 def make_bert(layers=3, *, seed=0, classes=3, spread=0.3, attention="sdpa", dtype=torch.float32):
