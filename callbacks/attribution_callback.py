@@ -114,7 +114,6 @@ class AttributionCallback(Callback):
         self._probe: Probe | None = None
         self._last = Development()
         self._shown: list[dict[str, Any]] = []
-        self._profiles: dict[int, list[float]] = {}
         self._curves: dict[tuple[str, str], Curves] = {}
         self._media: MediaLog | None = None
         self._warned: set[str] = set()
@@ -125,11 +124,11 @@ class AttributionCallback(Callback):
         return self._generate_state_key(method=self.method, seed=self.seed, num_samples=self.num_samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last probe's scores, which the drift is measured against; plain values only."""
+        """The last probe's scores, which the drift is measured against, and the profiles so far; plain values only."""
         return self._last.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the scores of the last probe up again."""
+        """Take the last probe and the profiles up again."""
         self._last = Development.restore(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -187,7 +186,9 @@ class AttributionCallback(Callback):
             return
         try:
             names = self.label_names or []
-            media = probe_media(self.method, self._shown, self._profiles, self._curves, names, trainer.current_epoch)
+            media = probe_media(
+                self.method, self._shown, self._last.profiles, self._curves, names, trainer.current_epoch
+            )
         except Exception as error:
             self._warn_once("pictures", f"the pictures could not be drawn: {type(error).__name__}: {error}")
         else:
@@ -206,7 +207,7 @@ class AttributionCallback(Callback):
     def _connect(self, pl_module: LightningModule) -> None:
         model = find_model(pl_module, self.model)
         if self._explainer is not None and self._explainer.model.module is not model:
-            self._last, self._profiles = Development(), {}  # of another training
+            self._last = Development()  # of another training
         operator = self.operator
         if operator is None:
             operator = default_operator(model, self.tokenizer)
@@ -298,7 +299,7 @@ class AttributionCallback(Callback):
     ) -> dict[str, float]:
         profile = layer_shares(explanations)
         if profile:
-            self._profiles[trainer.current_epoch] = profile
+            self._last.profiles[trainer.current_epoch] = profile
         scalars = probe_scalars(self.method, explanations, metrics, profile)
         if (moved := self._last.advance(explanations, trainer.current_epoch)) is not None:
             scalars[f"val/explain/{self.method}/drift"] = moved

@@ -22,17 +22,19 @@ _NOT_IN_TABLES = ("completeness_gap", "auprc_base_rate", "iou_precision", "iou_r
 
 @dataclass
 class Development:
-    """The last probe, which the drift of the next one is measured against.
+    """What a probe is held against: the last one, and the course of the training so far.
 
     Attributes:
         scores: Sample (where a text may have several labels: sample and label) -> token scores.
         texts: Sample -> a number that tells texts apart: only the same text is compared.
         epoch: Of the last probe, -1 before the first.
+        profiles: Epoch -> share of the relevance per block, of all probes; empty for methods without layers.
     """
 
     scores: dict[SampleKey, list[float]] = field(default_factory=dict)
     texts: dict[SampleKey, int] = field(default_factory=dict)
     epoch: int = -1
+    profiles: dict[int, list[float]] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
         """Plain values, which a checkpoint can hold."""
@@ -41,6 +43,7 @@ class Development:
             "scores": list(self.scores.values()),
             "texts": list(self.texts.values()),
             "epoch": self.epoch,
+            "profiles": dict(self.profiles),
         }
 
     @classmethod
@@ -51,6 +54,7 @@ class Development:
             dict(zip(ids, state.get("scores", []), strict=True)),
             dict(zip(ids, state.get("texts", []), strict=False)),
             state.get("epoch", -1),
+            dict(state.get("profiles", {})),
         )
 
     def advance(self, explanations: Rows, epoch: int) -> float | None:

@@ -140,6 +140,7 @@ def test_state_is_plain_and_comes_back(tmp_path):
     again = AttributionCallback(num_samples=4)
     again.load_state_dict(torch.load(path, weights_only=True))
     assert again.state_dict() == state and len(state["ids"]) == 4
+    assert list(state["profiles"]) == [0, 1] and all(len(shares) > 1 for shares in state["profiles"].values())
     assert probe.state_key != AttributionCallback(num_samples=5).state_key
 
 
