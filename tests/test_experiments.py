@@ -15,7 +15,7 @@ AMHARIC = ["ሰላም ለዓለም ይሁን", "ይህ ፊልም በጣም ጥ�
 TWINS = sorted(name for name in options("experiment") if name.endswith("_tiny"))
 OWN = {  # the twins of this file's data sets; others have tests of their own
     *("imdb_bert_tiny", "sst2_bert_tiny", "hatexplain_bert_tiny", "agnews_bert_tiny", "afrisenti_amh_tiny"),
-    *("amharic_hate_xlmr_tiny", "amharic_hate_afrolm_tiny"),
+    *("amharic_hate_xlmr_tiny", "amharic_hate_afrolm_tiny", "movie_rationales_bert_tiny"),
 }
 SMALL = [
     *("model.scratch.layers=1", "model.scratch.width=16", "model.scratch.heads=2", "model.scratch.intermediate=16"),
@@ -72,7 +72,7 @@ def write_data(name, folder):
 
 
 def test_every_experiment_has_its_twin():
-    full = {"imdb_bert", "sst2_bert", "hatexplain_bert", "agnews_bert"}
+    full = {"imdb_bert", "sst2_bert", "hatexplain_bert", "agnews_bert", "movie_rationales_bert"}
     full |= {"afrisenti_amh", "amharic_hate_xlmr", "amharic_hate_afrolm"}
     assert {f"{name}_tiny" for name in full} == OWN and set(TWINS) >= OWN and full <= set(options("experiment"))
     for name in full:
@@ -85,15 +85,13 @@ def test_every_experiment_has_its_twin():
 @pytest.mark.parametrize("name", sorted(OWN))
 def test_every_twin_runs(name, tmp_path):
     write_data(name, tmp_path)
-    own = [] if name.startswith("imdb") else [f"data.path={tmp_path}"]
-    if not own:
-        own = ["data.size={train: 60, val: 10, test: 10}"]
+    embedded = name.startswith(("imdb", "movie"))
+    own = ["data.size={train: 60, val: 10, test: 10}"] if embedded else [f"data.path={tmp_path}"]
     assert main(["run", f"experiment={name}", *own, *SMALL, f"run.dir={tmp_path / 'run'}"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 0 <= summary["test/accuracy"] <= 1 and summary["explain/ca_lig/failed"] == 0
     assert "explain/random/comprehensiveness" in summary
-    plausible = name.startswith(("hatexplain", "imdb"))
-    assert ("explain/ca_lig/token_f1" in summary) == plausible
+    assert ("explain/ca_lig/token_f1" in summary) == (embedded or name.startswith("hatexplain"))
     page = (tmp_path / "run" / "report.html").read_text()
     assert ("ሰላም" in page) == name.startswith(("amharic", "afrisenti"))
 
