@@ -11,6 +11,8 @@ import subprocess
 import tempfile
 import time
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--headless",
@@ -30,6 +32,17 @@ FLAGS = (
 def find_chromium():
     """The binary: $CALIG_CHROMIUM, else what is installed; None where there is none."""
     return os.environ.get("CALIG_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+CHROMIUM = find_chromium()
+in_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium found: install the package chromium, or name a binary in $CALIG_CHROMIUM"
+)
+
+
+def texts(page, selector):
+    """What the nodes of a selector say."""
+    return page.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((node) => node.textContent)")
 
 
 class Page:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from browser import Page, find_chromium
+from browser import CHROMIUM, Page, in_browser, texts
 from test_cli import TINY
 from test_render import HOSTILE, _data, _sample
 
@@ -15,10 +15,7 @@ from calig.pipeline.render.report import render_report
 from calig.pipeline.render.rows import ProbeSample, ProbeState
 from calig.pipeline.render.tokens import token_html
 
-CHROMIUM = find_chromium()
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium found: install the package chromium, or name a binary in $CALIG_CHROMIUM"
-)
+pytestmark = in_browser
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +42,6 @@ def page(tab, run_dir):
     yield tab
     assert tab.errors == []
     assert tab.requests == [address], "the page itself, and nothing else"
-
-
-def texts(page, selector):
-    return page.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((node) => node.textContent)")
 
 
 def colours(page, selector):

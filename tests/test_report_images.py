@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from browser import Page, find_chromium
+from browser import CHROMIUM, Page, in_browser, texts
 from image_run import make_image_run
 from PIL import Image, ImageDraw
 from test_render_images import png, scene
@@ -15,11 +15,6 @@ from calig.pipeline.records import read_rows
 from calig.pipeline.render.image import outline_path
 from calig.pipeline.render.report import MAX_BYTES, render_report
 from calig.pipeline.stages.report import collect, write_report
-
-CHROMIUM = find_chromium()
-in_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium found: install the package chromium, or name a binary in $CALIG_CHROMIUM"
-)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +41,6 @@ def page(tab, run_dir):
     yield tab
     assert tab.errors == []
     assert [asked for asked in tab.requests if not asked.startswith("data:")] == [address]
-
-
-def texts(page, selector):
-    return page.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((node) => node.textContent)")
 
 
 def pixels(page, selector):

@@ -1,18 +1,14 @@
 """Pairs, several labels and numbers on the report page, in a real browser."""
 
 import pytest
-from browser import Page, find_chromium
+from browser import CHROMIUM, Page, in_browser, texts
 from test_pairs import HOSTILE, NAMES, SCORES, SEGMENT, WORDS, sample
-from test_report_browser import texts
 
 from calig.pipeline.render.decisions import Decision
 from calig.pipeline.render.report import render_report
 from calig.pipeline.render.rows import ProbeSample, ProbeState, ReportData
 
-CHROMIUM = find_chromium()
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium found: install the package chromium, or name a binary in $CALIG_CHROMIUM"
-)
+pytestmark = in_browser
 LABELS = ("<joy>", "love", "fear")
 
 
