@@ -28,8 +28,6 @@ from calig.pipeline.heads import Head
 from calig.pipeline.loading import batch_rationale
 from calig.pipeline.metrics import Request, bootstrap_interval, perturbed_logits, plausibility_rows
 from calig.pipeline.metrics.faithfulness import BINS, comprehensiveness, sufficiency
-from calig.pipeline.metrics.names import operator_name
-from calig.pipeline.metrics.patches import PatchPerturbation
 from calig.pipeline.metrics.ranking import count, rank
 from calig.pipeline.perturbers import perturber
 
@@ -215,8 +213,7 @@ class Calibrator:
         self.model = ExplainableModel(model, tokenizer=tokenizer)
         self.settings = settings
         self.tokens = perturber(self.model, tokenizer)
-        images = isinstance(self.tokens, PatchPerturbation)
-        self.operator = operator_name(settings.operator) if images else settings.operator
+        self.operator = self.tokens.named(settings.operator)
         self.tokens.check(self.operator)
         self.head = Head()  # known with the first batch
         self._chunks: list[_Chunk] = []

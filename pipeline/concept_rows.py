@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
-from calig.pipeline.records import atomic_write
+from calig.pipeline.records import read_csv, write_csv
 
 CONCEPTS_FILE = "concepts.csv"
 LEVEL = 0.05
@@ -42,27 +40,9 @@ class ConceptRow(NamedTuple):
 
 def write_concepts(path: Path, rows: Iterable[ConceptRow]) -> None:
     """Write `concepts.csv`, atomically."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class" if name == "target" else name for name in ConceptRow._fields])
-    writer.writerows([_spelled(value) for value in row] for row in rows)
-    atomic_write(path, text.getvalue())
-
-
-def _spelled(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
+    write_csv(path, ["class" if name == "target" else name for name in ConceptRow._fields], rows)
 
 
 def read_concepts(path: Path) -> list[ConceptRow]:
     """The rows of `concepts.csv`; none where the stage has not run."""
-    if not path.exists():
-        return []
-    types = list(get_type_hints(ConceptRow).values())
-    with path.open(encoding="utf8", newline="") as stream:
-        _, *lines = csv.reader(stream)
-    return [
-        ConceptRow._make(text == "true" if kind is bool else kind(text) for kind, text in zip(types, line, strict=True))
-        for line in lines
-    ]
+    return [ConceptRow._make(values) for values in read_csv(path, list(get_type_hints(ConceptRow).values()))]

@@ -371,6 +371,11 @@ def asked_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
     return {method: names for method, names in found.items() if names}
 
 
+def shared_options(config: ExplainConfig) -> dict[str, Any]:
+    """The options that the section gives to every method that takes them."""
+    return {"steps": config.steps, "tolerance": config.tolerance, "max_steps": config.max_steps}
+
+
 def without_asked(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Leave out what the stage calibrate is to choose: the method's defaults stand in its place."""
     asked = asked_options(options)

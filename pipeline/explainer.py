@@ -38,7 +38,6 @@ from calig.pipeline.metrics.names import (
     PerturbationTarget,
     operator_name,
 )
-from calig.pipeline.metrics.patches import PatchPerturbation
 from calig.pipeline.metrics.rows import make_row
 from calig.pipeline.metrics.sensitivity import take_rows
 from calig.pipeline.perturbers import perturbable, perturber
@@ -121,7 +120,7 @@ class Explainer:
         self.settings = settings
         self.tokens = perturber(self.model, tokenizer)
         for operator in settings.operators:
-            self.tokens.check(self._operator(operator))
+            self.tokens.check(self.tokens.named(operator))
 
     def explain(self, batch: Mapping[str, Any]) -> Explained:
         """Explain a batch.
@@ -321,9 +320,6 @@ class Explainer:
         ids = facts.batch["input_ids"][i]
         return {"tokens": self.token_texts(ids[facts.mask[i].to(ids.device)])}
 
-    def _operator(self, name: str) -> str:
-        return operator_name(name) if isinstance(self.tokens, PatchPerturbation) else name
-
     def token_texts(self, ids: Tensor) -> list[str]:
         """The tokens of (T,) ids as the tokenizer spells them."""
         numbers = ids.tolist()
@@ -385,7 +381,7 @@ class Explainer:
                 mask=facts.mask[group],
                 sample_ids=[facts.ids[i] for i in group],
                 tokens=self.tokens,
-                operators=tuple(dict.fromkeys(map(self._operator, operators))),
+                operators=tuple(dict.fromkeys(map(self.tokens.named, operators))),
                 metrics=metrics,
                 spaces=spaces,
                 labels=None if classes is None else classes[group],

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
-from calig.pipeline.records import atomic_write
+from calig.pipeline.records import read_csv, write_csv
 
 AGREEMENT_FILE = "flow_agreement.csv"
 ALL = "all"
@@ -40,21 +38,12 @@ class AgreementRow(NamedTuple):
 
 def write_agreement(path: Path, rows: Iterable[AgreementRow]) -> None:
     """Write `flow_agreement.csv`, atomically."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(AgreementRow._fields)
-    writer.writerows([f"{value:.10g}" if isinstance(value, float) else value for value in row] for row in rows)
-    atomic_write(path, text.getvalue())
+    write_csv(path, AgreementRow._fields, rows)
 
 
 def read_agreement(path: Path) -> list[AgreementRow]:
     """The rows of `flow_agreement.csv`; none where it does not exist."""
-    if not path.exists():
-        return []
-    types = list(get_type_hints(AgreementRow).values())
-    with path.open(encoding="utf8", newline="") as stream:
-        _, *lines = csv.reader(stream)
-    return [AgreementRow._make(kind(text) for kind, text in zip(types, line, strict=True)) for line in lines]
+    return [AgreementRow._make(values) for values in read_csv(path, list(get_type_hints(AgreementRow).values()))]
 
 
 def by_configuration(rows: Iterable[AgreementRow]) -> dict[tuple[str, ...], dict[str, AgreementRow]]:

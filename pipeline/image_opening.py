@@ -46,25 +46,17 @@ def load_image_folder(path: Path, processor: Any = None) -> tuple[Any, Any]:
     """
     import torch
     from transformers import AutoModelForImageClassification
-    from transformers.utils import logging
+
+    from calig.pipeline.folders import lacking, loading
 
     processor = picture_processor(path if processor is None else processor)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with loading(path, "an image classifier"):
         model, report = AutoModelForImageClassification.from_pretrained(
             path, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"'{path}' could not be loaded as an image classifier: {reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if missing := sorted(report["missing_keys"]):
+    if lacks := lacking(report):
         raise InputError(
-            f"'{path}' is not a whole classifier: it has no weights for {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}, so its decisions would be random. Fine-tune it first: "
+            f"'{path}' is not a whole classifier: {lacks}, so its decisions would be random. Fine-tune it first: "
             f"calig run data.modality=image model.name={path} ..."
         )
     return model, processor

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from calig.pipeline.calibration import calibrated_options
 from calig.pipeline.compose import CONFIG_FILE, load
-from calig.pipeline.config import Config, without_asked
+from calig.pipeline.config import Config, shared_options, without_asked
 from calig.pipeline.errors import InputError
 from calig.pipeline.image_opening import load_image_folder, picture_processor, takes_pictures
 from calig.pipeline.records import shards, table_metadata
@@ -228,29 +228,20 @@ def _load_folder(path: Path, tokenizer: Any, *, causal: bool = False) -> tuple[A
         return load_image_folder(path, tokenizer)
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
+
+    from calig.pipeline.folders import lacking, loading
 
     if tokenizer is None and not any(file for name in _VOCABULARIES for file in path.glob(name)):
         raise InputError(  # transformers would make a tokenizer that knows no word
             f"{path} holds no tokenizer: expected tokenizer.json or another vocabulary file. Save it there with "
             "tokenizer.save_pretrained(...), or pass tokenizer= in Python."
         )
-    what = "causal language model" if causal else "text classifier"
     head: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with loading(path, "a causal language model" if causal else "a text classifier"):
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model, report = head.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"'{path}' could not be loaded as a {what}: {reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if missing := sorted(report["missing_keys"]):
-        lacks = f"it has no weights for {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+    if lacks := lacking(report):
         if causal:
             raise InputError(f"'{path}' is not a whole language model: {lacks}, so its words would be random.")
         next_token = " What it would write next is explained by --next-token."
@@ -302,7 +293,6 @@ def _positions(model: Any) -> int | None:
 def _run_options(run: Path, config: Config) -> dict[str, Mapping[str, Any]]:
     """What the run explained with; where it has not yet, what its configuration says."""
     explain = config.explain
-    shared = {"steps": explain.steps, "tolerance": explain.tolerance, "max_steps": explain.max_steps}
     from calig.pipeline.attribution.methods import available_methods
     from calig.pipeline.explainer import settings_for
 
@@ -311,7 +301,7 @@ def _run_options(run: Path, config: Config) -> dict[str, Mapping[str, Any]]:
     except InputError as error:  # explained all the same: a run that is still training has not got there yet
         warnings.warn(f"{error} Explained with the defaults.", stacklevel=2)
         options = without_asked(explain.options)
-    found: dict[str, Mapping[str, Any]] = dict(settings_for(available_methods(), options, shared))
+    found: dict[str, Mapping[str, Any]] = dict(settings_for(available_methods(), options, shared_options(explain)))
     for file in shards(run / "explanations"):
         found |= table_metadata(file).get("methods", {})
     return found

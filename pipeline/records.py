@@ -280,6 +280,31 @@ def logged_rows(run: Path) -> list[dict[str, str]]:
     return [*read_scalars(run / EARLIER), *read_scalars(run / METRICS)]
 
 
+def write_csv(path: Path, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, atomically: a line of column names, numbers to ten digits, `true` and `false`."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([_spelled(value) for value in row] for row in rows)
+    atomic_write(path, text.getvalue())
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def read_csv(path: Path, kinds: Sequence[type]) -> Iterator[list[Any]]:
+    """Yield the rows that `write_csv` wrote, each column as its type; none where there is no such file."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf8", newline="") as stream:
+        _, *lines = csv.reader(stream)
+    for line in lines:
+        yield [text == "true" if kind is bool else kind(text) for kind, text in zip(kinds, line, strict=True)]
+
+
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows to a JSON-lines file."""
     with path.open("a", encoding="utf8") as stream:

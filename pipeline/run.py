@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calig.pipeline.calibration import calibrated_options, check_evaluation
-from calig.pipeline.config import Config, ModelConfig, asked_options, without_asked
+from calig.pipeline.config import Config, ModelConfig, asked_options, shared_options, without_asked
 from calig.pipeline.console import Console
 from calig.pipeline.directory import RunDirectory, is_main_process, open_directory
 from calig.pipeline.errors import InputError
@@ -256,9 +256,7 @@ class RunContext:
         """The options that methods are computed with: those that all share, then their own."""
         from calig.pipeline.explainer import settings_for
 
-        config = self.config.explain
-        shared = {"steps": config.steps, "tolerance": config.tolerance, "max_steps": config.max_steps}
-        return settings_for(methods, options, shared)
+        return settings_for(methods, options, shared_options(self.config.explain))
 
     def _make_explainer(self, options: Mapping[str, Mapping[str, Any]]) -> Explainer:
         from calig.pipeline.explainer import Explainer, ExplainSettings
@@ -280,7 +278,7 @@ class RunContext:
     @property
     def reader(self) -> Any:
         """What knows how the data become the model's inputs: the tokenizer, or the processor of images."""
-        return getattr(self.data, "processor", None) or self.data.tokenizer
+        return self.data.processor or self.data.tokenizer
 
     def prepare(self, stages: list[str]) -> None:
         """Read the data, build the model and check what later stages will ask: a mistake shows now, not in hours.
@@ -322,12 +320,12 @@ class RunContext:
     def _prepare_calibration(self) -> None:
         """Check what the calibrate stage will ask; see `prepare`."""
         from calig.pipeline.attribution import ExplainableModel
-        from calig.pipeline.metrics.names import operator_name
         from calig.pipeline.perturbers import perturber
 
         chosen, data = self.config.calibrate, self.data
         rows = data.dataset(chosen.split).rows
-        perturber(ExplainableModel(self.module.model), self.reader).check(operator_name(chosen.operator))
+        tokens = perturber(ExplainableModel(self.module.model), self.reader)
+        tokens.check(tokens.named(chosen.operator))
         if self.config.explain.target == "label" and not data.has_labels(chosen.split):
             raise InputError(f"explain.target=label needs labels, and the {chosen.split} split has none.")
         marked = any(mark >= 0 for row in rows for mark in row.get("rationale", ()))

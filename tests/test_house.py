@@ -40,7 +40,7 @@ FLOORS = [
     ),
     ({"calig.pipeline.run", "calig.pipeline.stages", "calig.pipeline.flow_summary"}, 3),
     ({"calig.pipeline.opening", "calig.pipeline.explaining", "calig.pipeline.compare"}, 3),
-    ({"calig.pipeline.image_opening"}, 3),
+    ({"calig.pipeline.folders", "calig.pipeline.image_opening"}, 3),
     ({"calig.pipeline.explain_command", "calig.pipeline.explain_request"}, 3),
     ({"calig.pipeline.next_token", "calig.pipeline.vocabulary"}, 3),
     ({"calig.pipeline.cli"}, 4),

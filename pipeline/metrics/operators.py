@@ -59,6 +59,10 @@ class PerturbationTokens:
             empty_id=ids["eos"] if ids["bos"] is None else ids["bos"],
         )
 
+    def named(self, operator: str) -> str:
+        """The operator itself: of texts none has a second name."""
+        return operator
+
     def check(self, operator: str) -> None:
         """Raise InputError if texts cannot be perturbed by ``operator`` with these tokens."""
         if operator not in OPERATORS:

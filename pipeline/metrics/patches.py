@@ -21,7 +21,7 @@ from calig.pipeline.attribution.model import ExplainableModel, UnsupportedModelE
 from calig.pipeline.attribution.pixels import baseline_pixels, patch_grid
 from calig.pipeline.errors import InputError, unknown
 from calig.pipeline.metrics.image_operators import paste_patches, patch_filling
-from calig.pipeline.metrics.names import IMAGE_NAMES
+from calig.pipeline.metrics.names import IMAGE_NAMES, operator_name
 
 if TYPE_CHECKING:
     from calig.pipeline.metrics.operators import PerturbationTokens
@@ -50,6 +50,10 @@ class PatchPerturbation:
     processor: Any = None
     pixels: str = "pixel_values"
     _alone: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def named(self, operator: str) -> str:
+        """The name that rows and keys have for an operator, whichever of its names is given."""
+        return operator_name(operator)
 
     def check(self, operator: str) -> None:
         """Raise InputError if this model's images cannot be perturbed by ``operator``."""
