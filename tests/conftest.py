@@ -48,6 +48,15 @@ def make_batch(lengths=(9, 6, 8), *, seed=0, width=None):
     return {"input_ids": ids, "attention_mask": mask, "special_tokens_mask": special}
 
 
+@pytest.fixture(scope="module")
+def tab():
+    """A tab of a real browser; only for tests that are skipped where there is none."""
+    from browser import CHROMIUM, Page
+
+    with Page(CHROMIUM) as page:
+        yield page
+
+
 @pytest.fixture
 def bert():
     return make_bert()

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from browser import CHROMIUM, Page, in_browser, texts
+from browser import in_browser, texts
 from test_cli import TINY
 from test_render import HOSTILE, _data, _sample
 
@@ -24,12 +24,6 @@ def run_dir(tmp_path_factory):
     methods = "explain.methods=[ca_lig,generic_attention,input_x_gradient,random]"
     assert main(["run", f"run.dir={folder}", *TINY, methods, "logger.wandb.mode=disabled"]) == 0
     return folder
-
-
-@pytest.fixture(scope="module")
-def tab():
-    with Page(CHROMIUM) as page:
-        yield page
 
 
 @pytest.fixture

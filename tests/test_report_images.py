@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from browser import CHROMIUM, Page, in_browser, texts
+from browser import in_browser, texts
 from image_run import make_image_run
 from PIL import Image, ImageDraw
 from test_render_images import png, scene
@@ -22,12 +22,6 @@ def run_dir(tmp_path_factory):
     folder = make_image_run(tmp_path_factory.mktemp("images") / "run")
     write_report(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def tab():
-    with Page(CHROMIUM) as page:
-        yield page
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Pairs, several labels and numbers on the report page, in a real browser."""
 
 import pytest
-from browser import CHROMIUM, Page, in_browser, texts
+from browser import in_browser, texts
 from test_pairs import HOSTILE, NAMES, SCORES, SEGMENT, WORDS, sample
 
 from calig.pipeline.render.decisions import Decision
@@ -33,12 +33,6 @@ def address(tmp_path_factory):
     file = tmp_path_factory.mktemp("tasks") / "report.html"
     file.write_text(render_report(data), encoding="utf8")
     return file.as_uri()
-
-
-@pytest.fixture(scope="module")
-def tab():
-    with Page(CHROMIUM) as page:
-        yield page
 
 
 def test_each_label_has_a_place_of_its_own(tab, address):
