@@ -252,7 +252,8 @@ class ExplainConfig:
     )
     limits: dict[str, int | None] = _key(
         {"infidelity": 50, "sensitivity_max": 50, "randomisation": 50},
-        "metric, operator or method: how many of the samples it is used on, a seeded choice (null: all)",
+        "metric, operator, method or method/metric (sensitivity_max, randomisation): how many of the samples it is "
+        "used on, a seeded choice (null: all)",
     )
     flows: int | None = _key(
         0, "samples whose flow from token to token is kept, by methods that know one (lig); a seeded choice", low=0

@@ -52,7 +52,8 @@ class ExplainSettings:
         target: `predicted`, `label` or a class index; of several labels per text, each that is predicted or given.
         operators: Perturbation operators of the faithfulness metrics; none leaves these metrics out.
         metrics: Of `calig.pipeline.metrics.names.METRICS`.
-        only: Metric, operator or method -> the ids of the samples that it is used on; all where it has no entry.
+        only: Metric, operator, method or `method/metric` (of `REPEATED_METRICS`) -> the ids of the samples that it is
+            used on; all where it has no entry.
         measured: Ids of the samples whose random control is measured already, beside other methods.
         flows: Ids of the samples whose flow from token to token is kept, where a method knows one.
         perturbation_target: Whose accuracy `positive_auc` and `negative_auc` follow.
@@ -433,34 +434,47 @@ class Explainer:
         """Metrics that explain each sample again: under noise, and with fresh weights."""
         scores = {name: result.scores for name, result in results.items() if name != "random"}
         measures = {"sensitivity_max": sensitivity_rows, "randomisation": randomisation_rows}
-        for metric in [name for name in measures if name in self.settings.metrics and scores]:
-            chosen = [i for i in usable if self.settings.wanted([metric], facts.ids[i])]
-            if not chosen:
-                continue
-            first = next(iter(results.values()))
-            index = torch.tensor(chosen)
-            ids = [facts.ids[i] for i in chosen]
-            try:
-                found, errors = measures[metric](
-                    self.model,
-                    take_rows(facts.batch, index, len(facts.ids)),
-                    {name: values[index] for name, values in scores.items()},
-                    target=first.target[index],
-                    special=first.special[index],
-                    mask=first.mask[index],
-                    sample_ids=ids,
-                    options=self.settings.methods,
-                    seed=self.settings.seed,
-                )
-            except (UnsupportedModelError, InputError, torch.OutOfMemoryError) as error:
-                for name in scores:
-                    self._fail(rows, ids, name, f"{metric}: {error}")
-                continue
-            for broken in errors:
-                self._fail(rows, [broken.sample_id], broken.method or next(iter(scores)), broken.reason)
+        for metric in [name for name in measures if name in self.settings.metrics]:
+            found: Rows = []
+            failed: set[int] = set()
+            for chosen, names in self._chosen_again(metric, scores, facts, usable).items():
+                first = next(iter(results.values()))
+                index = torch.tensor(chosen)
+                ids = [facts.ids[i] for i in chosen]
+                try:
+                    more, errors = measures[metric](
+                        self.model,
+                        take_rows(facts.batch, index, len(facts.ids)),
+                        {name: scores[name][index] for name in names},
+                        target=first.target[index],
+                        special=first.special[index],
+                        mask=first.mask[index],
+                        sample_ids=ids,
+                        options=self.settings.methods,
+                        seed=self.settings.seed,
+                    )
+                except (UnsupportedModelError, InputError, torch.OutOfMemoryError) as error:
+                    for name in names:
+                        self._fail(rows, ids, name, f"{metric}: {error}")
+                    continue
+                for broken in errors:
+                    self._fail(rows, [broken.sample_id], broken.method or names[0], broken.reason)
+                failed.update(broken.sample_id for broken in errors)
+                found += [dict(row) for row in more]
             # As in the comparison above: a sample that failed for one method leaves the metric for all.
-            failed = {broken.sample_id for broken in errors}
-            rows.metrics += [dict(row) for row in found if row["sample_id"] not in failed]
+            rows.metrics += [row for row in found if row["sample_id"] not in failed]
+
+    def _chosen_again(
+        self, metric: str, methods: Iterable[str], facts: BatchFacts, usable: Sequence[int]
+    ) -> dict[tuple[int, ...], list[str]]:
+        """Examples that a metric explains again -> the methods that do; a method may have a limit of its own."""
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name in methods:
+            limits = (metric, f"{name}/{metric}")
+            chosen = tuple(i for i in usable if self.settings.wanted(limits, facts.ids[i]) == limits)
+            if chosen:
+                groups.setdefault(chosen, []).append(name)
+        return groups
 
 
 def scalar_key(prefix: str, method: str, control: str, metric: str) -> str:

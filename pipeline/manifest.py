@@ -179,7 +179,7 @@ def check_settings(run: Path, standing: Standing, settings: Mapping[str, Any]) -
     for key, before in standing.settings.items():
         now = given[key]
         if key in ("methods", "limits"):
-            now = {name: value for name, value in now.items() if name not in added}
+            now = {name: value for name, value in now.items() if name.partition("/")[0] not in added}
         if now != before:
             name = f"explain.{key}" if key in _ASKED else key
             raise InputError(

@@ -35,7 +35,7 @@ from calig.pipeline.config import (
     without_asked,
 )
 from calig.pipeline.errors import InputError
-from calig.pipeline.metrics.names import METRICS
+from calig.pipeline.metrics.names import METRICS, REPEATED_METRICS
 
 Origins = Mapping[str, str]
 Section = TypeVar("Section")
@@ -174,7 +174,13 @@ def check_methods(config: Config, origins: Origins) -> None:
 
     known = available_methods()
     for name in config.explain.limits:
-        _among("explain.limits", "metric, operator or method", name, (*METRICS, *get_args(Operator), *known), origins)
+        method, of_method, metric = name.partition("/")
+        if of_method:
+            _among(f"explain.limits.{name}", "method", method, known, origins)
+            _among(f"explain.limits.{name}", "metric that explains again", metric, REPEATED_METRICS, origins)
+        else:
+            options = (*METRICS, *get_args(Operator), *known)
+            _among("explain.limits", "metric, operator or method", name, options, origins)
     for method in config.explain.methods:
         _among("explain.methods", "method", method, known, origins)
     if config.probe.enabled:

@@ -35,6 +35,7 @@ OWN = [
     "explain.batch_size=4",
     "explain.steps=4",
     "explain.limits={infidelity: 3, sensitivity_max: 4, randomisation: 5, delete: 6}",
+    "explain.limits.attention_rollout/randomisation=2",
 ]
 ALL = [*OWN, *(item for item in TINY if item.split("=")[0] not in {own.split("=")[0] for own in OWN})]
 
@@ -115,6 +116,12 @@ def test_limits_choose_nested_samples_and_the_rest_is_measured_on_all(finished):
     assert {key: len(measured[key]) for key in counts} == counts
     for smaller, larger in zip(list(counts)[1:], list(counts)[2:]):
         assert measured[smaller] < measured[larger]
+    of_method = defaultdict(set)
+    for row in metric_rows(finished):
+        if row["metric"] == "randomisation":
+            of_method[row["method"]].add(row["sample_id"])
+    assert len(of_method["attention_rollout"]) == 2 and len(of_method["ca_lig"]) == 5
+    assert of_method["attention_rollout"] < of_method["ca_lig"]
     limits = {"infidelity": 3, "sensitivity_max": 4, "randomisation": 5}
     expected = limited(ids, limits, seed=0)
     assert expected == {name: measured[name, {"infidelity": "mask"}.get(name)] for name in limits}
@@ -126,7 +133,7 @@ def test_randomisation_has_a_step_for_the_head_and_each_block(finished):
     for row in metric_rows(finished):
         if row["metric"] == "randomisation":
             steps[row["method"], row["sample_id"]][row["q"]] = row["value"]
-    assert len(steps) == 2 * 5
+    assert len(steps) == 5 + 2
     for (method, _), values in steps.items():
         assert set(values) == {0.0, 0.5, 1.0, None} and values[None] == values[1.0]
         assert all(-1 <= value <= 1 for value in values.values())
@@ -205,6 +212,11 @@ def test_two_processes_measure_like_one(finished, tmp_path):
         ("explain.metrics=[infidelity,infidelity]", ["'infidelity' is listed 2 times"]),
         ("explain.metrics=infidelity", ["explain.metrics=[infidelity]"]),
         ("explain.limits.randomization=5", ["randomization", "Did you mean 'randomisation'?"]),
+        (
+            "explain.limits={ca_lig/infidelity: 5}",
+            ["explain.limits.ca_lig/infidelity", "sensitivity_max, randomisation"],
+        ),
+        ("explain.limits={ca_lgi/randomisation: 5}", ["explain.limits.ca_lgi/randomisation", "Did you mean 'ca_lig'?"]),
         ("explain.limits.attention=0", ["explain.limits.attention", "int >= 1 | null", "0"]),
         ("explain.limits.infidelity=many", ["explain.limits.infidelity", "int | null", "many"]),
         ("explain.perturbation_target=lable", ["explain.perturbation_target", "Did you mean 'label'?"]),
