@@ -169,5 +169,5 @@ def _peft(what: str) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise InputError(f"{what} needs the package peft: pip install 'calig[peft]'.") from error
+        raise InputError(f"{what} needs the package peft: pip install -e '.[peft]' in the folder of calig.") from error
     return peft

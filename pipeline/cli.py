@@ -22,7 +22,7 @@ _EXAMPLES = """\
 examples:
   calig run                                        the quickstart: embedded data, minutes on two cores
   calig run experiment=sst2 data.path=DIR          a real data set, read from a local folder
-  calig run data=files data.path=reviews.csv model=distilbert trainer=gpu
+  calig run data=files data.path=reviews.csv model=distilbert trainer=gpu run.name=reviews
   calig run run.resume=runs/quickstart             continue where a run stopped
   calig explain runs/quickstart --text "not bad"   what decides, word by word
   calig compare runs/one runs/two                  what differs, and whether the explanations agree
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         parents=[shared],
-        help="train, test, calibrate where asked, explain, report",
+        help="train, test, calibrate where asked, explain, compare methods, report",
         description="Run the stages of an experiment. Without one: experiment=quickstart.",
         epilog=_Keys(),
         formatter_class=_HelpWithKeys,

@@ -128,7 +128,7 @@ def explain_next_token(
 
     Example::
 
-        explain_next_token("gpt2", ["The capital of France is"], target=" Paris", versus=" London")
+        explain_next_token("path/to/gpt2", ["The capital of France is"], target=" Paris", versus=" London")
     """
     check_texts(texts, None)
     create_method(method, options)  # before anything slow

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         workspace = build(options.entity, options.project, options.method, options.name)
     except ModuleNotFoundError as error:
-        sys.exit(f"{error.name} is not installed: pip install 'calig[workspace]'")
+        sys.exit(f"{error.name} is not installed: pip install -e '.[workspace]' in the folder of calig")
     if options.dry_run:
         for section in workspace.sections:
             print(section.name)

@@ -42,7 +42,9 @@ def explain_presence(
     try:
         import captum.attr
     except ImportError as error:
-        raise InputError("this method runs through Captum: pip install 'calig[compare]'.") from error
+        raise InputError(
+            "this method runs through Captum: pip install -e '.[compare]' in the folder of calig."
+        ) from error
     origin, end = ends.origin[0], ends.end[0]
     assert origin is not None and end is not None  # the caller kept them
     scores = torch.zeros(inputs.mask.shape, device=model.device)

@@ -22,7 +22,7 @@ class AttCAT(AttributionMethod):
 
     name = "attcat"
     summary = "states times gradients at every block, weighted by the attention received"
-    source = "Qiang et al. 2022; METHODS 5.4"
+    source = "Qiang et al. 2022"
     needs_attention = True
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:

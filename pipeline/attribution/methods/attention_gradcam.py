@@ -17,7 +17,7 @@ class AttentionGradCAM(AttributionMethod):
 
     name = "attention_gradcam"
     summary = "the last block's attention, heads weighted by their mean gradient"
-    source = "Selvaraju et al. 2017, Chefer et al. 2021; METHODS 5.3"
+    source = "Selvaraju et al. 2017, Chefer et al. 2021"
     needs_attention = True
     signed = False
 

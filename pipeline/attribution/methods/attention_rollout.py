@@ -20,7 +20,7 @@ class AttentionRollout(AttributionMethod):
 
     name = "attention_rollout"
     summary = "attention with its residual path, multiplied over the blocks"
-    source = "Abnar & Zuidema 2020; METHODS 5.2"
+    source = "Abnar & Zuidema 2020"
     needs_attention = True
     signed = False
 

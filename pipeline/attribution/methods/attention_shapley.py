@@ -32,7 +32,7 @@ class AttentionShapley(AttributionMethod):
 
     name = "attention_shapley"
     summary = "exact Shapley values of the attention that tokens exchange"
-    source = "arXiv:2508.08966, Deng & Papadimitriou 1994; METHODS 4.1"
+    source = "arXiv:2508.08966, Deng & Papadimitriou 1994"
     needs_attention = True
     Options = AttentionShapleyOptions
 

@@ -26,7 +26,7 @@ class AttnLRP(AttributionMethod):
 
     name = "attn_lrp"
     summary = "layer-wise relevance propagation for transformers (patented: scientific use)"
-    source = "Achtibat et al. 2024; METHODS 5.5"
+    source = "Achtibat et al. 2024"
     needs_attention = True
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:

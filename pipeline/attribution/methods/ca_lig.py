@@ -69,7 +69,7 @@ class CALIG(AttributionMethod):
 
     name = "ca_lig"
     summary = "layer-wise integrated gradients, fused with attention gradients and rolled out"
-    source = "arXiv:2602.16608; METHODS 2"
+    source = "arXiv:2602.16608"
     needs_attention = True
     parts_axes = MappingProxyType({"evidence": (2,)})
     Options = CALIGOptions

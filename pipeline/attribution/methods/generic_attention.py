@@ -17,7 +17,7 @@ class GenericAttention(AttributionMethod):
 
     name = "generic_attention"
     summary = "positive attention times gradient, rolled out over the blocks"
-    source = "Chefer et al. 2021; METHODS 5.4"
+    source = "Chefer et al. 2021"
     needs_attention = True
     signed = False
 

@@ -20,7 +20,7 @@ class InputXGradient(AttributionMethod):
 
     name = "input_x_gradient"
     summary = "the input's embeddings times the gradient at the input"
-    source = "Shrikumar et al. 2016; METHODS 5.1"
+    source = "Shrikumar et al. 2016"
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:
         """See `AttributionMethod.attribute`."""

@@ -26,7 +26,7 @@ class IntegratedGradients(AttributionMethod):
 
     name = "integrated_gradients"
     summary = "gradients integrated from a baseline to the input's embeddings"
-    source = "Sundararajan et al. 2017; METHODS 1.1"
+    source = "Sundararajan et al. 2017"
     Options = IntegratedGradientsOptions
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:

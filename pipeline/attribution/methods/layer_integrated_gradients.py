@@ -33,7 +33,7 @@ class LayerIntegratedGradients(AttributionMethod):
 
     name = "layer_integrated_gradients"
     summary = "gradients integrated along a straight line at one layer"
-    source = "Sundararajan et al. 2017; METHODS 1.1"
+    source = "Sundararajan et al. 2017"
     Options = LayerIntegratedGradientsOptions
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:

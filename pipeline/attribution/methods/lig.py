@@ -70,7 +70,7 @@ class LIG(AttributionMethod):
 
     name = "lig"
     summary = "flow from token to token inside every block, by set-to-set integrated gradients"
-    source = "arXiv:2606.21564; LIG"
+    source = "arXiv:2606.21564"
     needs_attention = True
     signed = False
     parts_axes = MappingProxyType(

@@ -44,7 +44,7 @@ class Lime(AttributionMethod):
 
     name = "lime"
     summary = "a sparse linear model on the presence of tokens (Captum)"
-    source = "Ribeiro et al. 2016; METHODS 5.7"
+    source = "Ribeiro et al. 2016"
     Options = LimeOptions
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:

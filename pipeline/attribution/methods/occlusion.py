@@ -35,7 +35,7 @@ class Occlusion(AttributionMethod):
 
     name = "occlusion"
     summary = "the drop of the objective without each token (Captum)"
-    source = "Zeiler & Fergus 2014; METHODS 5.7"
+    source = "Zeiler & Fergus 2014"
     Options = OcclusionOptions
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:

@@ -29,7 +29,7 @@ class Random(AttributionMethod):
 
     name = "random"
     summary = "a seeded random ranking: the control for every metric"
-    source = "METHODS 5.6"
+    source = "the control"
     Options = RandomOptions
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:

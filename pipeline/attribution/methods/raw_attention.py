@@ -20,7 +20,7 @@ class RawAttention(AttributionMethod):
 
     name = "raw_attention"
     summary = "the attention of the read-out in the last block, mean over heads"
-    source = "METHODS 5.2"
+    source = "Vaswani et al. 2017"
     needs_attention = True
     signed = False
 

@@ -40,7 +40,7 @@ class Shap(AttributionMethod):
 
     name = "shap"
     summary = "Kernel SHAP on the presence of tokens (Captum)"
-    source = "Lundberg & Lee 2017; METHODS 5.7"
+    source = "Lundberg & Lee 2017"
     Options = ShapOptions
 
     def attribute(self, model: ExplainableModel, inputs: Inputs, objective: Objective) -> Attribution:
