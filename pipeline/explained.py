@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,16 @@ class Explained:
         self.failures += other.failures
         self.flows += other.flows
         self.files |= other.files
+
+    def fail(self, ids: Sequence[int], method: str, reason: str, strict: bool) -> None:
+        """Note that a method failed on some samples.
+
+        Raises:
+            SampleFailure: With `strict`, if there is a sample.
+        """
+        if ids and strict:
+            raise SampleFailure(f"sample {ids[0]}, method '{method}': {reason} (explain.strict=true ends here)")
+        self.failures += [{"sample_id": i, "method": method, "reason": reason} for i in ids]
 
 
 NON_FINITE_OUTPUT = "the model's output is not finite (NaN or infinity)"

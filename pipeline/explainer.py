@@ -13,34 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from calig.pipeline.attribution import Attribution, ExplainableModel, UnsupportedModelError, attribute
-from calig.pipeline.attribution.methods import create_method, method_class, takes_option
+from calig.pipeline.attribution.methods import create_method, takes_option
 from calig.pipeline.batch_facts import BatchFacts
 from calig.pipeline.costs import measured
 from calig.pipeline.errors import InputError
-from calig.pipeline.explained import NON_FINITE_OUTPUT, Explained, Rows, SampleFailure
+from calig.pipeline.explained import NON_FINITE_OUTPUT, Explained
 from calig.pipeline.heads import Head
 from calig.pipeline.image_rows import image_facts, patch_numbers
-from calig.pipeline.loading import batch_rationale
-from calig.pipeline.metrics import (
-    MetricError,
-    faithfulness_rows,
-    plausibility_rows,
-    randomisation_rows,
-    sensitivity_rows,
-    special_share,
-)
-from calig.pipeline.metrics.faithfulness import SPACES
-from calig.pipeline.metrics.localisation_rows import localisation_rows
+from calig.pipeline.measuring import Measurer
 from calig.pipeline.metrics.names import (
     DEFAULT_METRICS,
-    FAITHFULNESS_METRICS,
-    OF_ONE_OUTPUT,
     PerturbationTarget,
     operator_name,
 )
-from calig.pipeline.metrics.rows import make_row
 from calig.pipeline.metrics.sensitivity import take_rows
-from calig.pipeline.perturbers import perturbable, perturber
+from calig.pipeline.perturbers import perturber
 
 
 @dataclass(frozen=True)
@@ -183,8 +170,7 @@ class Explainer:
             target = torch.tensor(chosen_targets, device=logits.device)  # (B, K)
             results: dict[str, list[Attribution]] = {}
             costs: dict[str, dict[str, float]] = {}
-            # A method that fails on this batch alone would be averaged over other samples than the rest.
-            comparable = True
+            strict = self.settings.strict
             for name in wanted:
                 options = self.settings.methods[name]
                 try:
@@ -193,20 +179,19 @@ class Explainer:
                             self.model, dict(batch), name, target=target, special_tokens_mask=special, **options
                         )
                 except (UnsupportedModelError, InputError) as error:
-                    self._fail(rows, ids, name, str(error))
+                    rows.fail(ids, name, str(error), strict)
                     continue
                 except torch.OutOfMemoryError as error:
                     if len(ids) > 1:
                         raise
-                    self._fail(rows, ids, name, f"out of memory: {error}")
-                    comparable = False
+                    rows.fail(ids, name, f"out of memory: {error}", strict)
                     continue
                 except Exception as error:
                     # Whoever asks for a batch halves it: alone, the sample fails for this method and no other. Where
                     # all fail there is nothing to find, and the other methods need not run again for every half.
-                    if self.settings.strict or not self._fails_on_each(batch, name, target, error):
+                    if strict or not self._fails_on_each(batch, name, target, error):
                         raise
-                    self._fail(rows, ids, name, f"{type(error).__name__}: {error}")
+                    rows.fail(ids, name, f"{type(error).__name__}: {error}", strict)
                     continue
                 assert isinstance(result, list)  # K targets per example
                 costs[name] = {"seconds": cost.seconds / target.numel()}
@@ -223,7 +208,7 @@ class Explainer:
         mask, logits = inputs.mask.cpu(), logits.detach().float().cpu()
         for k, of_target in enumerate(target.cpu().unbind(1)):
             facts = BatchFacts(batch, mask, logits, of_target, ids, head, image, inputs.windows)
-            found = self._rows(facts, {name: own[k] for name, own in results.items()}, costs if comparable else None)
+            found = self._rows(facts, {name: own[k] for name, own in results.items()}, costs)
             if k:
                 found.flows = []  # the same for every target
             rows.extend(found)
@@ -233,25 +218,25 @@ class Explainer:
         self,
         facts: BatchFacts,
         results: Mapping[str, Attribution],
-        costs: Mapping[str, Mapping[str, float]] | None,
+        costs: Mapping[str, Mapping[str, float]],
     ) -> Explained:
-        """The rows of one target per example; without costs nothing is measured."""
+        """The rows of one target per example."""
         rows, ids = Explained(), facts.ids
-        bad = {name: result.non_finite() for name, result in results.items()}
-        for name, flags in bad.items():
-            self._fail(rows, [ids[i] for i in flags.nonzero().flatten().tolist()], name, "a score is not finite")
+        good: dict[str, list[int]] = {}
         for name, result in results.items():
-            good = (~bad[name]).nonzero().flatten().tolist()
-            rows.explanations += [self._explanation(facts, result, i) for i in good]
-            rows.flows += [row for i in good if (row := facts.flow_row(result, i, self.settings.flows)) is not None]
-        if costs is not None:
-            with self.model.session():  # in the precision that the explanations are made in
-                self._measure(rows, facts, results, bad, costs)
-            before = self.settings.measured
-            shared = ("random", "centre")
-            rows.metrics = [
-                row for row in rows.metrics if row["control"] not in shared or row["sample_id"] not in before
+            bad = result.non_finite()
+            failed = [ids[i] for i in bad.nonzero().flatten().tolist()]
+            rows.fail(failed, name, "a score is not finite", self.settings.strict)
+            good[name] = (~bad).nonzero().flatten().tolist()
+            rows.explanations += [self._explanation(facts, result, i) for i in good[name]]
+            rows.flows += [
+                row for i in good[name] if (row := facts.flow_row(result, i, self.settings.flows)) is not None
             ]
+        with self.model.session():  # in the precision that the explanations are made in
+            Measurer(self.model, self.settings, self.tokens).measure(rows, facts, results, good, costs)
+        before = self.settings.measured
+        shared = ("random", "centre")
+        rows.metrics = [row for row in rows.metrics if row["control"] not in shared or row["sample_id"] not in before]
         if facts.head.task == "multi_label":
             targets = dict(zip(ids, facts.target.tolist(), strict=True))
             rows.metrics = [row | {"target": targets[row["sample_id"]]} for row in rows.metrics]
@@ -282,16 +267,12 @@ class Explainer:
         rows = Explained()
         failed = [ids[i] for i in broken.nonzero().flatten().tolist()]
         for name in self.settings.methods:
-            self._fail(rows, [i for i in failed if self.settings.wanted([name], i)], name, NON_FINITE_OUTPUT)
+            wanted = [i for i in failed if self.settings.wanted([name], i)]
+            rows.fail(wanted, name, NON_FINITE_OUTPUT, self.settings.strict)
         good = (~broken).nonzero().flatten()
         if len(good):
             rows.extend(self.explain(take_rows(batch, good, len(ids))))
         return rows
-
-    def _fail(self, rows: Explained, ids: Sequence[int], method: str, reason: str) -> None:
-        if ids and self.settings.strict:
-            raise SampleFailure(f"sample {ids[0]}, method '{method}': {reason} (explain.strict=true ends here)")
-        rows.failures += [{"sample_id": i, "method": method, "reason": reason} for i in ids]
 
     def _explanation(self, facts: BatchFacts, result: Attribution, i: int) -> dict[str, Any]:
         real = facts.mask[i]
@@ -327,154 +308,6 @@ class Explainer:
         if self.tokenizer is None:
             return [str(number) for number in numbers]
         return list(self.tokenizer.convert_ids_to_tokens(numbers))
-
-    def _measure(
-        self,
-        rows: Explained,
-        facts: BatchFacts,
-        results: Mapping[str, Attribution],
-        bad: Mapping[str, Tensor],
-        costs: Mapping[str, Mapping[str, float]],
-    ) -> None:
-        # An example that failed for one method leaves the comparison for all: intervals are over the same samples.
-        usable = [i for i in range(len(facts.ids)) if not any(bool(flags[i]) for flags in bad.values())]
-        while results and usable:
-            try:
-                rows.metrics += self._compare(facts, results, usable)
-                break
-            except MetricError as error:
-                self._fail(rows, [error.sample_id], error.method or next(iter(results)), error.reason)
-                usable = [i for i in usable if facts.ids[i] != error.sample_id]
-        self._explain_again(rows, facts, results, usable)
-        for name, result in results.items():
-            share = special_share(result.scores, result.special, result.mask)
-            for i in usable:
-                at = (facts.ids[i], name, "none")
-                if name != "random":
-                    rows.metrics.append(dict(make_row(*at, "special_share", float(share[i]))))
-                if result.completeness_gap is not None:
-                    gap = float(result.completeness_gap[i].max())
-                    rows.metrics.append(dict(make_row(*at, "completeness_gap", gap)))
-                rows.metrics += [dict(make_row(*at, cost, value)) for cost, value in costs[name].items()]
-
-    def _compare(self, facts: BatchFacts, results: Mapping[str, Attribution], usable: list[int]) -> Rows:
-        """Faithfulness and plausibility of all methods on the usable examples."""
-        rows: list[Any] = []
-        first = next(iter(results.values()))
-        # The method `random` is the metrics' own control and is measured as such.
-        scores = {name: result.scores[usable] for name, result in results.items() if name != "random"}
-        ids = [facts.ids[i] for i in usable]
-        one_output = facts.head.task == "regression"
-        spaces = ("logit",) if one_output else SPACES
-        classes = facts.true_classes()
-        for (metrics, operators), group in self._groups(facts, usable).items():
-            if one_output:  # no class to be right about, and a softmax that is always 1
-                metrics = tuple(name for name in metrics if name in OF_ONE_OUTPUT)
-            if not metrics:
-                continue
-            windows = None if facts.windows is None else facts.windows.take(torch.tensor(group))
-            rows += faithfulness_rows(
-                self.model.logits_of_batch,
-                perturbable(self.model, facts, group),
-                {name: result.scores[group] for name, result in results.items() if name != "random"},
-                target=first.target[group],
-                special=first.special[group],
-                mask=facts.mask[group],
-                sample_ids=[facts.ids[i] for i in group],
-                tokens=self.tokens,
-                operators=tuple(dict.fromkeys(map(self.tokens.named, operators))),
-                metrics=metrics,
-                spaces=spaces,
-                labels=None if classes is None else classes[group],
-                scale=facts.head.scale or "softmax",
-                threshold=facts.head.threshold,
-                perturbation_target=self.settings.perturbation_target,
-                seed=self.settings.seed,
-                windows=windows,
-            )
-        if self.settings.plausibility and facts.image is not None and "object_mask" in facts.batch:
-            rows += localisation_rows(
-                scores,
-                facts.batch["object_mask"][usable],
-                special=first.special[usable],
-                grid=facts.image.grid,
-                sample_ids=ids,
-                seed=self.settings.seed,
-            )
-        rationales = [batch_rationale(facts.batch, i) for i in usable]
-        if self.settings.plausibility and any(rationale is not None for rationale in rationales):
-            rows += plausibility_rows(
-                scores,
-                word_ids=[facts.word_ids(i, first.special[i], padded=True) for i in usable],
-                rationales=rationales,
-                sample_ids=ids,
-                signed=[name for name in scores if method_class(name).signed],
-                dataset_length=self.settings.dataset_length,
-                seed=self.settings.seed,
-            )
-        return rows
-
-    def _groups(
-        self, facts: BatchFacts, usable: Sequence[int]
-    ) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]]:
-        """(metrics, operators) of perturbed inputs -> the examples that they are measured on."""
-        settings = self.settings
-        perturbing = [name for name in settings.metrics if name in FAITHFULNESS_METRICS]
-        groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
-        for i in usable:
-            metrics = settings.wanted(perturbing, facts.ids[i])
-            operators = settings.wanted(settings.operators, facts.ids[i])
-            if metrics and operators:
-                groups.setdefault((metrics, operators), []).append(i)
-        return groups
-
-    def _explain_again(
-        self, rows: Explained, facts: BatchFacts, results: Mapping[str, Attribution], usable: Sequence[int]
-    ) -> None:
-        """Metrics that explain each sample again: under noise, and with fresh weights."""
-        scores = {name: result.scores for name, result in results.items() if name != "random"}
-        measures = {"sensitivity_max": sensitivity_rows, "randomisation": randomisation_rows}
-        for metric in [name for name in measures if name in self.settings.metrics]:
-            found: Rows = []
-            failed: set[int] = set()
-            for chosen, names in self._chosen_again(metric, scores, facts, usable).items():
-                first = next(iter(results.values()))
-                index = torch.tensor(chosen)
-                ids = [facts.ids[i] for i in chosen]
-                try:
-                    more, errors = measures[metric](
-                        self.model,
-                        take_rows(facts.batch, index, len(facts.ids)),
-                        {name: scores[name][index] for name in names},
-                        target=first.target[index],
-                        special=first.special[index],
-                        mask=first.mask[index],
-                        sample_ids=ids,
-                        options=self.settings.methods,
-                        seed=self.settings.seed,
-                    )
-                except (UnsupportedModelError, InputError, torch.OutOfMemoryError) as error:
-                    for name in names:
-                        self._fail(rows, ids, name, f"{metric}: {error}")
-                    continue
-                for broken in errors:
-                    self._fail(rows, [broken.sample_id], broken.method or names[0], broken.reason)
-                failed.update(broken.sample_id for broken in errors)
-                found += [dict(row) for row in more]
-            # As in the comparison above: a sample that failed for one method leaves the metric for all.
-            rows.metrics += [row for row in found if row["sample_id"] not in failed]
-
-    def _chosen_again(
-        self, metric: str, methods: Iterable[str], facts: BatchFacts, usable: Sequence[int]
-    ) -> dict[tuple[int, ...], list[str]]:
-        """Examples that a metric explains again -> the methods that do; a method may have a limit of its own."""
-        groups: dict[tuple[int, ...], list[str]] = {}
-        for name in methods:
-            limits = (metric, f"{name}/{metric}")
-            chosen = tuple(i for i in usable if self.settings.wanted(limits, facts.ids[i]) == limits)
-            if chosen:
-                groups.setdefault(chosen, []).append(name)
-        return groups
 
 
 def scalar_key(prefix: str, method: str, control: str, metric: str) -> str:

@@ -139,7 +139,7 @@ def explain_next_token(
     rows: list[dict[str, Any]] = []
     for explained in next_token_batches(opened, texts, question, method, options, batch_size, curves=curves):
         if explained.failures:
-            from calig.pipeline.explainer import SampleFailure
+            from calig.pipeline.explained import SampleFailure
 
             first = explained.failures[0]
             raise SampleFailure(f"text {first['sample_id']} was not explained by '{method}': {first['reason']}")
@@ -293,7 +293,7 @@ def _explain(
     import torch
 
     from calig.pipeline.attribution import NextToken, attribute
-    from calig.pipeline.explainer import NON_FINITE_OUTPUT, Explained
+    from calig.pipeline.explained import NON_FINITE_OUTPUT, Explained
 
     ids, question = batch["sample_id"].tolist(), asked.question
     rows = torch.arange(len(ids), device=model.device)

@@ -341,7 +341,7 @@ def test_sampling_is_the_same_in_every_batch_and_touches_no_global_state(method)
 def test_without_captum_the_message_says_what_to_install(monkeypatch, alone):
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     monkeypatch.setitem(sys.modules, "captum", None)
-    with pytest.raises(InputError, match=r"pip install 'calig\[compare\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[compare\]'"):
         scores(make_bert(), alone, "occlusion")
 
 

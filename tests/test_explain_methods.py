@@ -74,6 +74,32 @@ def test_a_method_that_raises_fails_alone(broken, monkeypatch):
     assert all(after[key] == pytest.approx(before[key], abs=1e-5) for key in after)
 
 
+@pytest.mark.parametrize("how", ["nan", "out of memory"])
+@pytest.mark.parametrize("samples", [{3}, set(range(5))])
+def test_a_method_that_gives_no_scores_is_missing_alone(how, samples, monkeypatch):
+    """Whether on one sample or on all: no number of another method depends on it."""
+    attribute = explainer_module.attribute
+    texts = default_collate(make_rows(5))["input_ids"]
+
+    def broken(model, batch, name, **named):
+        results = attribute(model, batch, name, **named)
+        hit = [i for i, row in enumerate(batch["input_ids"]) if any(torch.equal(row, texts[j]) for j in samples)]
+        if name == "input_x_gradient" and hit and how == "out of memory":
+            raise torch.OutOfMemoryError("no room")
+        if name == "input_x_gradient":
+            for result in results:
+                result.scores[hit] = float("nan")
+        return results
+
+    before = numbers(explained())
+    monkeypatch.setattr(explainer_module, "attribute", broken)
+    rows = explained()
+    assert {(row["sample_id"], row["method"]) for row in rows.failures} == {(i, "input_x_gradient") for i in samples}
+    after = numbers(rows)
+    assert after.keys() == {key for key in before if not (key[1] == "input_x_gradient" and int(key[0]) in samples)}
+    assert all(after[key] == pytest.approx(before[key], abs=1e-5) for key in after)
+
+
 def test_costs_are_measured_only_when_asked():
     def costs(**settings):
         chosen = ExplainSettings({"input_x_gradient": {}, "ca_lig": {"steps": 8}}, operators=(), **settings)

@@ -14,6 +14,7 @@ from conftest import make_batch, make_bert
 from test_cli import TINY
 from transformers import BertPreTrainedModel
 
+from calig.pipeline.attribution import UnsupportedModelError
 from calig.pipeline.cli import main
 from calig.pipeline.compose import compose
 from calig.pipeline.costs import COSTS
@@ -258,7 +259,7 @@ def explain(settings, model=None):
     return Explainer(model, None, settings).explain(batch)
 
 
-def test_a_sample_that_fails_under_noise_leaves_that_metric_for_all_methods(monkeypatch):
+def test_a_sample_that_fails_under_noise_is_missing_for_that_metric_of_that_method(monkeypatch):
     from calig.pipeline.metrics import sensitivity
 
     real = sensitivity.noisy_scores
@@ -276,10 +277,53 @@ def test_a_sample_that_fails_under_noise_leaves_that_metric_for_all_methods(monk
     assert [(row["sample_id"], row["method"]) for row in found.failures] == [(12, "attention_rollout")]
     assert "sensitivity_max" in found.failures[0]["reason"]
     measured = {(row["sample_id"], row["method"]) for row in found.metrics if row["metric"] == "sensitivity_max"}
-    assert measured == {(sample, method) for sample in (11, 13, 14) for method in methods}
+    assert measured == {(sample, method) for sample in (11, 12, 13, 14) for method in methods} - {
+        (12, "attention_rollout")
+    }
     others = {row["sample_id"] for row in found.metrics if row["metric"] == "comprehensiveness"}
     assert others == {11, 12, 13, 14}
     assert all(row["value"] is None or math.isfinite(row["value"]) for row in found.metrics)
+
+
+@pytest.mark.parametrize("metric", ["sensitivity_max", "randomisation"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("singular"), UnsupportedModelError("not this one"), torch.OutOfMemoryError("no room")]
+)
+@pytest.mark.parametrize("samples", [{12}, {11, 12, 13, 14}])
+def test_a_method_that_raises_when_it_explains_again_fails_alone(metric, error, samples, monkeypatch):
+    """Everything else stands: the explanations, the other methods' numbers, and this method's other metrics."""
+    from calig.pipeline.metrics import randomisation, sensitivity
+
+    module, name = (sensitivity, "noisy_scores") if metric == "sensitivity_max" else (randomisation, "attribute")
+    real = getattr(module, name)
+    texts = make_batch((9, 6, 8, 5))["input_ids"].tolist()
+
+    def raising(model, batch, method, **named):
+        ids = named.get("sample_ids") or [11 + texts.index(row) for row in batch["input_ids"].tolist()]
+        if method == "attcat" and samples & set(ids):
+            raise error
+        return real(model, batch, method, **named)
+
+    methods = {"attcat": {}, "input_x_gradient": {}, "random": {}}
+    settings = ExplainSettings(methods, operators=("attention",), metrics=["comprehensiveness", metric])
+    expected = explain(settings)
+    monkeypatch.setattr(module, name, raising)
+    found = explain(settings)
+    # What holds of a model holds for every sample: it is not looked for in each of them.
+    failing = {11, 12, 13, 14} if isinstance(error, UnsupportedModelError) else samples
+    assert {(row["sample_id"], row["method"]) for row in found.failures} == {(i, "attcat") for i in failing}
+    assert all(metric in row["reason"] and str(error) in row["reason"] for row in found.failures)
+    assert len(found.explanations) == len(expected.explanations) == 12
+
+    def numbers(rows):
+        names = ("sample_id", "method", "control", "metric", "space", "q")
+        return {tuple(row[name] for name in names): row["value"] for row in rows.metrics if row["metric"] != "seconds"}
+
+    before, after = numbers(expected), numbers(found)
+    assert before.keys() - after.keys() == {
+        key for key in before if key[:2] in {(i, "attcat") for i in failing} and key[3] == metric
+    }
+    assert all(after[key] == pytest.approx(before[key], abs=1e-5) for key in after)
 
 
 def test_what_a_model_cannot_do_is_a_failure_of_every_method_and_the_rest_goes_on(monkeypatch):

@@ -18,7 +18,8 @@ from calig.pipeline import explainer as explainer_module
 from calig.pipeline import manifest
 from calig.pipeline.attribution import ExplainableModel
 from calig.pipeline.cli import main
-from calig.pipeline.explainer import NON_FINITE_OUTPUT, Explainer, ExplainSettings, SampleFailure
+from calig.pipeline.explained import NON_FINITE_OUTPUT, SampleFailure
+from calig.pipeline.explainer import Explainer, ExplainSettings
 
 
 def small_explainer(**settings):

@@ -15,7 +15,7 @@ FLOORS = [
     ({"calig.pipeline.attribution", "calig.pipeline.config", "calig.pipeline.compose", "calig.pipeline.validate"}, 0),
     ({"calig.pipeline.metrics.names", "calig.pipeline.tasks", "calig.pipeline.validate_modality"}, 0),
     ({"calig.pipeline.metrics", "calig.pipeline.records", "calig.pipeline.render"}, 1),
-    ({"calig.pipeline.batch_facts", "calig.pipeline.explainer", "calig.pipeline.heads"}, 1),
+    ({"calig.pipeline.batch_facts", "calig.pipeline.explainer", "calig.pipeline.heads", "calig.pipeline.measuring"}, 1),
     ({"calig.pipeline.explained", "calig.pipeline.image_rows", "calig.pipeline.perturbers"}, 1),
     ({"calig.pipeline.explanation", "calig.pipeline.loading"}, 1),
     ({"calig.pipeline.calibrating", "calig.pipeline.calibration"}, 1),

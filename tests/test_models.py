@@ -19,7 +19,8 @@ from calig.pipeline.adapters import add_adapters
 from calig.pipeline.config import AdapterConfig, ModelConfig, ScratchConfig
 from calig.pipeline.devices import require_devices
 from calig.pipeline.errors import InputError
-from calig.pipeline.explainer import NON_FINITE_OUTPUT, Explainer, ExplainSettings, SampleFailure
+from calig.pipeline.explained import NON_FINITE_OUTPUT, SampleFailure
+from calig.pipeline.explainer import Explainer, ExplainSettings
 from calig.pipeline.models import load_model, load_tokenizer, prepare_training
 from calig.pipeline.module import ClassificationModule, LossSettings, loss_settings
 from calig.pipeline.tasks import task_of, threshold_of
@@ -217,7 +218,7 @@ def test_errors_of_an_adapter_folder_name_it(adapter, tokenizer, tmp_path):
 
 def test_without_peft_the_message_says_how_to_get_it(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"pip install 'calig\[peft\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[peft\]'"):
         add_adapters(model, AdapterConfig(r=2))
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from calig.pipeline import NextTokenExplanation, explain, explain_next_token
 from calig.pipeline.attribution import NextToken, attribute
 from calig.pipeline.errors import InputError
-from calig.pipeline.explainer import SampleFailure
+from calig.pipeline.explained import SampleFailure
 from calig.pipeline.opening import open_language_model
 
 PROMPT = "the capital of France is"
