@@ -24,6 +24,7 @@ from calig.pipeline.metrics.names import METRICS, REPEATED_METRICS
 from calig.pipeline.metrics.statistics import first_mean
 from calig.pipeline.records import EXPLANATION_SCHEMA, read_rows, read_samples, write_table
 from calig.pipeline.render.benchmark import benchmark_view
+from calig.pipeline.render.labels import metric as label_of
 from calig.pipeline.render.leaderboard import leaderboards
 from calig.pipeline.render.report import MetricRow, ReportData, render_report
 from calig.pipeline.run import RunContext
@@ -344,6 +345,24 @@ def test_a_finished_run_is_compared_again_from_its_files_alone(finished, tmp_pat
         monkeypatch.setattr(RunContext, name, property(lambda self: pytest.fail("nothing is computed anew")))
     assert run(f"run.resume={folder}", "stages=[benchmark]", "logger.wandb.mode=disabled") == 3
     assert (folder / "benchmark.csv").read_text() == before
+
+
+def test_where_random_is_named_first_the_others_are_held_against_the_first_real_method(finished, tmp_path, capsys):
+    import shutil
+
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / ".stages.json").write_text(json.dumps({"finished": ["fit", "explain"]}))
+    methods = "explain.methods=[random,attention_rollout,ca_lig,input_x_gradient,generic_attention]"
+    assert run(f"run.resume={folder}", "stages=[benchmark,report]", methods, "logger.wandb.mode=disabled") == 3
+    found = keyed(read_benchmark(folder / "benchmark.csv"))
+    assert found["ca_lig", "none", "token_f1", "all", ""].other == "attention_rollout"
+    assert "≈ no significant difference from attention_rollout" in capsys.readouterr().out
+    assert "attention_rollout minus each method" in (folder / "report.html").read_text()
+
+
+def test_what_is_kept_with_random_weights_has_no_better_side():
+    """-0.8 is no better than 0: both sides of 0 say that the ranking still knows something."""
+    assert label_of("randomisation").direction == 0
 
 
 def test_without_benchmark_the_page_has_no_section():

@@ -68,6 +68,7 @@ def benchmark_view(rows: Sequence[BenchmarkRow], primary: str) -> BenchmarkView 
     """Arrange the rows of `benchmark.csv`; None where there are none."""
     if not rows:
         return None
+    primary = next((row.other for row in rows if row.difference is not None), primary)
     grids = [_differences(rows, primary), _costs(rows), _agreement(rows)]
     return BenchmarkView(
         primary=primary,
@@ -137,11 +138,15 @@ def _costs(rows: Sequence[BenchmarkRow]) -> Grid:
 def _agreement(rows: Sequence[BenchmarkRow]) -> Grid:
     found = {(row.method, row.other): row for row in rows if row.metric == "agreement"}
     names = _unique(name for name, _ in found)
+    most = max((row.n for row in found.values()), default=0)
 
     def cell(row: BenchmarkRow | None) -> Entry | None:
         if row is None or row.mean is None:
             return None
-        return Entry(f"{row.mean:.2f}".replace("-", "−"), depth=round(_WIDTH * abs(row.mean), 3), opposes=row.mean < 0)
+        size = "" if row.n == most else f"n = {row.n}"
+        return Entry(
+            f"{row.mean:.2f}".replace("-", "−"), size, depth=round(_WIDTH * abs(row.mean), 3), opposes=row.mean < 0
+        )
 
     lines = [(f"{i} {_name(a)}", [cell(found.get((a, b))) for b in names]) for i, a in enumerate(names, start=1)]
     heads = [(str(i), "") for i in range(1, len(names) + 1)]
