@@ -224,12 +224,18 @@ def test_products_out_of_reach_are_refused_where_relevance_flows():
 CONSTANT = torch.linspace(1, 2, 4, dtype=torch.float64)
 
 
+def held(x, y):
+    """The product in place, read through the tensor that was multiplied."""
+    x.mul_(y)
+    return x
+
+
 @pytest.mark.parametrize(
     ("function", "shares"),
     [
         (lambda x, y: x * y, (0.5, 0.5)),
         (lambda x, y: torch.mul(x, other=y), (0.5, 0.5)),
-        (lambda x, y: x.clone().mul_(y), (0.5, 0.5)),
+        (lambda x, y: held(x.clone(), y), (0.5, 0.5)),
         (lambda x, y: x @ y.T, (0.5, 0.5)),
         (lambda x, y: torch.einsum("ij,ij,ij->i", x, y, y), (1 / 3, 2 / 3)),
         (lambda x, y: x[:, :, None] * y[:, None], (0.5, 0.5)),
