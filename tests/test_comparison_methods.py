@@ -350,7 +350,11 @@ def test_without_captum_the_message_says_what_to_install(monkeypatch, alone):
     [
         ("occlusion", {"window": 0}, "window takes 1 or more tokens, got 0"),
         ("shap", {"samples": 1}, "samples takes 2 or more, got 1"),
-        ("lime", {"alpha": -1.0}, "alpha takes 0 or more, got -1.0"),
+        ("lime", {"alpha": -1.0}, "alpha takes a finite number, 0 or more, got -1.0"),
+        ("lime", {"alpha": math.nan}, "alpha takes a finite number, 0 or more, got nan"),
+        ("lime", {"alpha": math.inf}, "alpha takes a finite number, 0 or more, got inf"),
+        ("integrated_gradients", {"tolerance": math.nan}, "tolerance takes a finite positive number, got nan"),
+        ("lig", {"tolerance": math.nan}, "tolerance takes a finite positive number, got nan"),
         ("attention_attribution", {"steps": 1}, "steps takes at least 2 nodes, got 1"),
         ("beyond_intuition", {"steps": 1}, "steps takes at least 2 nodes, got 1"),
         ("attention_shapley", {"weights": "all"}, "'weights' of method 'attention_shapley' takes one of"),

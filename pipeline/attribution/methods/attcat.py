@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class AttCAT(AttributionMethod):
     """States times their gradients at every block, weighted by the attention that the token receives there; signed.
 
-    `layer_scores[:, l]` is the sum over blocks 1..l.
+    `layer_scores[:, l]` is the sum over blocks 1..l. A block's states are what it returns, as METHODS 5.4 writes the
+    paper's formula; public implementations pair its attention with what enters it (`hidden_states[l]`).
     """
 
     name = "attcat"

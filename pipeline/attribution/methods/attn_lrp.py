@@ -21,6 +21,10 @@ class AttnLRP(AttributionMethod):
     `completeness_gap` (B, L+1), the distance of each layer's sum from the objective itself (there is no baseline),
     relative to at least 1e-3. `layer_scores[:, l]` is the relevance of the positions behind block l.
 
+    No family is named: the rules go by what a model computes. A norm of queries, keys or states may be written in any
+    way that divides a vector by one number. A factor that is one number for a whole vector (what a router weighs its
+    experts with) is held fixed like that number, where the authors' code gives the router half.
+
     LRP is patented: free for personal and scientific use, ask its owners otherwise.
     """
 

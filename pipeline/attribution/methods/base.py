@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ class PathOptions(BaselineOptions):
     def __post_init__(self) -> None:
         if isinstance(self.steps, int) and self.steps < 2:
             raise InputError(f"steps takes 'auto' or at least 2 nodes, got {self.steps}.")
-        if self.tolerance <= 0:
-            raise InputError(f"tolerance takes a positive number, got {self.tolerance}.")
+        if not 0 < self.tolerance < math.inf:
+            raise InputError(f"tolerance takes a finite positive number, got {self.tolerance}.")
         if self.max_steps < 9:
             raise InputError(f"max_steps takes at least 9 nodes (where `auto` starts), got {self.max_steps}.")
 

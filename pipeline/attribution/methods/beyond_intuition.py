@@ -31,7 +31,8 @@ class BeyondIntuition(AttributionMethod):
 
     The paper's head-wise form: a head counts by how strongly its map and its gradient move together,
     `I_h ~ mean |A_h' dA_h|`; `R <- R + (sum_h I_h A_h) R` over all blocks; the read-out row of R is multiplied by the
-    positive part of the last map's gradient, mean over heads, integrated from the baseline to the input.
+    positive part of the last map's gradient, mean over heads, integrated from the baseline to the input. The rollout
+    is over all blocks as in the paper's text; the authors' code for BERT takes the last block alone.
     """
 
     name = "beyond_intuition"

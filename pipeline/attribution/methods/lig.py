@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -46,8 +47,8 @@ class LIGOptions:
     def __post_init__(self) -> None:
         if isinstance(self.steps, int) and self.steps < 2:
             raise InputError(f"steps takes 'auto' or at least 2 nodes, got {self.steps}.")
-        if self.tolerance <= 0:
-            raise InputError(f"tolerance takes a positive number, got {self.tolerance}.")
+        if not 0 < self.tolerance < math.inf:
+            raise InputError(f"tolerance takes a finite positive number, got {self.tolerance}.")
         if self.max_steps < _FIRST_NODES:
             raise InputError(
                 f"max_steps takes at least {_FIRST_NODES} nodes, where `auto` starts; got {self.max_steps}."

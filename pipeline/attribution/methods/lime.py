@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,8 @@ class LimeOptions(BaselineOptions):
     def __post_init__(self) -> None:
         if self.samples < 2:
             raise InputError(f"samples takes 2 or more, got {self.samples}.")
-        if self.alpha < 0:
-            raise InputError(f"alpha takes 0 or more, got {self.alpha}.")
+        if not 0 <= self.alpha < math.inf:
+            raise InputError(f"alpha takes a finite number, 0 or more, got {self.alpha}.")
 
 
 class Lime(AttributionMethod):
