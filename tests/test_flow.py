@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_batch, make_bert
 from test_cli import TINY
-from test_lig import gpt2
+from test_lig import composed_by_hand, gpt2, with_biases
 from test_render import HOSTILE
 
 from calig.pipeline.attribution import ExplainableModel, attribute
@@ -47,22 +47,8 @@ def naive(direct, composed):
     return [sum(column) / len(column) for column in zip(*found)]
 
 
-def composed_by_hand(att, mlp):
-    heads, tokens = att.shape[0], att.shape[1]
-    result = torch.zeros(tokens, tokens, dtype=torch.float64)
-    for i in range(tokens):
-        for j in range(tokens):
-            for h in range(heads):
-                result[i, j] += att[h, i, j] / att[h, :, j].sum() * mlp[j, h]
-    return result
-
-
 def test_every_configuration_equals_the_methods_own_flows_put_together_by_hand():
-    model, batch = make_bert(2, dtype=torch.float64), make_batch((6,))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # of zeros, a path from 0 would happen at its start
-                parameter.normal_(std=0.3)
+    model, batch = with_biases(make_bert(2, dtype=torch.float64), std=0.3), make_batch((6,))
     found = attribute(model, batch, "lig", steps=ZERO_NODES, agreement=True).parts["agreement"]
     assert found.shape == (1, 2, len(CONFIGURATIONS), len(MEASURES)) and len(CONFIGURATIONS) == 24
 

@@ -64,8 +64,9 @@ class LIG(AttributionMethod):
     `parts`: `att` (B, L, H, T, T), `mlp` (B, L, T, H), or (B, L, T, D) for `slices`, `layer` and `composed`
     (B, L, T, T), the totals that their columns sum to, `att_total` (B, L, H, T), `mlp_total` and `layer_total`
     (B, L, T), and `refused` (B, L), columns without a usable self share. `completeness_gap` is (B, L): the largest
-    relative error of a column's sum in a block. With `layers`, L counts those. `agreement=True` adds `agreement`
-    (B, L, C, 4): for the `CONFIGURATIONS` of `calig.pipeline.attribution.agreement` its `MEASURES`, means over targets.
+    relative error of a column's sum in a block, also in the maps from 0 that `itb_zero_ratio` takes shares from. With
+    `layers`, L counts those. `agreement=True` adds `agreement` (B, L, C, 4): for the `CONFIGURATIONS` of
+    `calig.pipeline.attribution.agreement` its `MEASURES`, means over targets.
     """
 
     name = "lig"
