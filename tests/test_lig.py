@@ -404,6 +404,12 @@ def test_some_layers_only():
     model, batch = make_bert(), make_batch()
     whole, part = (attribute(model, batch, "lig", layers=layers) for layers in (None, [2, 0]))
     assert torch.equal(part.flow, whole.flow[:, [2, 0]])
+    # Relevance passes the blocks as the model does, whatever the order that they are named in.
+    one, other = (attribute(model, batch, "lig", layers=layers) for layers in ([2, 0, 1], [0, 1, 2]))
+    assert torch.equal(one.scores, whole.scores) and torch.equal(other.scores, whole.scores)
+    assert torch.equal(one.layer_scores, whole.layer_scores[:, [2, 0, 1]])
+    with pytest.raises(InputError, match=r"layers names a block twice: \[0, 0\]"):
+        attribute(model, batch, "lig", layers=[0, 0])
     with pytest.raises(InputError, match=r"layers \[3\].*the model has 3"):
         attribute(model, batch, "lig", layers=[3])
     with pytest.raises(InputError, match="'layers' of method 'lig' takes a list of numbers or NoneType, got 2"):
