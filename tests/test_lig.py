@@ -263,6 +263,7 @@ def test_agreement_against_a_loop():
             for j in range(n):
                 one, other = direct[b, layer, :n, j], composed[b, layer, :n, j]
                 assert torch.isclose(found.raw[b, layer, j], (one - other).norm())
+                assert float(found.vanished[b, layer, j]) == (not other.any())
                 if not other.any():
                     assert found.correlation[b, layer, j].isnan() and found.ratio[b, layer, j].isnan()
                     continue
@@ -270,7 +271,7 @@ def test_agreement_against_a_loop():
                 assert torch.isclose(found.normalised[b, layer, j], expected)
                 assert torch.isclose(found.correlation[b, layer, j], torch.corrcoef(torch.stack([one, other]))[0, 1])
                 assert torch.isclose(found.ratio[b, layer, j], other.sum() / one.sum())
-    assert found.raw[1, :, 3:].isnan().all()
+    assert found.raw[1, :, 3:].isnan().all() and found.vanished[1, :, 3:].isnan().all()
 
 
 def composed_by_hand(att, mlp):

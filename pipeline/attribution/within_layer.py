@@ -176,12 +176,15 @@ class FlowAgreement(NamedTuple):
         normalised: (B, L, T) the same, each column divided by its absolute sum first.
         correlation: (B, L, T) Pearson correlation of the two columns.
         ratio: (B, L, T) sum of the composed column over that of the direct one.
+        vanished: (B, L, T) 1 where one of the two columns vanishes (that of a first causal token) and all but `raw` is
+            undefined, else 0.
     """
 
     raw: Tensor
     normalised: Tensor
     correlation: Tensor
     ratio: Tensor
+    vanished: Tensor
 
 
 def flow_agreement(direct: Tensor, composed: Tensor, mask: Tensor) -> FlowAgreement:
@@ -215,6 +218,7 @@ def flow_agreement(direct: Tensor, composed: Tensor, mask: Tensor) -> FlowAgreem
         normalised=torch.where(present, (shares[0] - shares[1]).norm(dim=-2), nan),
         correlation=torch.where(present & (norms > 0), correlation, nan),
         ratio=torch.where(summed, other.sum(-2) / torch.where(summed, total, 1.0), nan),
+        vanished=torch.where(real, (~present).to(nan.dtype), nan),
     )
 
 

@@ -68,7 +68,7 @@ class LIG(AttributionMethod):
     (B, L, T, T), the totals that their columns sum to, `att_total` (B, L, H, T), `mlp_total` and `layer_total`
     (B, L, T), and `refused` (B, L), columns without a usable self share. `completeness_gap` is (B, L): the largest
     relative error of a column's sum in a block, also in the maps from 0 that `itb_zero_ratio` takes shares from. With
-    `layers`, L counts those. `agreement=True` adds `agreement` (B, L, C, 6): for the `CONFIGURATIONS` of
+    `layers`, L counts those. `agreement=True` adds `agreement` (B, L, C, 7): for the `CONFIGURATIONS` of
     `calig.pipeline.attribution.agreement` its `MEASURES`, means over targets.
     """
 
