@@ -33,6 +33,12 @@ class AgreementRow(NamedTuple):
     """Of the columns (Pearson)."""
     ratio: float
     """Sum of the composed column over that of the direct one."""
+    vanished: float
+    """Share of the tokens with a column that vanishes, which have `raw` alone."""
+    refused: float
+    """Share of the direct flow's columns that kept `itb`: their self share was outside 0 to 1."""
+    refused_attention: float
+    """The same of attention's columns, over all heads."""
     samples: int
 
 
@@ -52,3 +58,27 @@ def by_configuration(rows: Iterable[AgreementRow]) -> dict[tuple[str, ...], dict
     for row in rows:
         lines.setdefault(row[:4], {})[row.layer] = row
     return lines
+
+
+def marked(names: tuple[str, ...], row: AgreementRow) -> tuple[str, ...]:
+    """(direct, attention, mlp), with a star behind a flow that kept `itb` in some columns; see `remarks`."""
+    direct, attention, mlp = names
+    return (direct + "*" * (row.refused > 0), attention + "*" * (row.refused_attention > 0), mlp)
+
+
+def remarks(rows: Iterable[AgreementRow]) -> list[str]:
+    """What a reader of the table must know of the columns behind it, a sentence each; none where all are as named."""
+    rows = [row for row in rows if row.layer == ALL]
+    refused = [share for row in rows for share in (row.refused, row.refused_attention) if share > 0]
+    vanished = [row.vanished for row in rows if row.vanished > 0]
+    found = []
+    if refused:
+        found.append(f"* itb is kept in {_percent(refused)} of the columns, whose self share is outside 0 to 1")
+    if vanished:
+        found.append(f"{_percent(vanished)} of the targets are left out: their column vanishes")
+    return found
+
+
+def _percent(shares: list[float]) -> str:
+    ends = [f"{100 * share:.0f}" if share >= 0.005 else "<1" for share in (min(shares), max(shares))]
+    return " to ".join(dict.fromkeys(ends)) + " %"

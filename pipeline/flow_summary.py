@@ -15,6 +15,8 @@ from calig.pipeline.flow_rows import (
     ALL,
     AgreementRow,
     by_configuration,
+    marked,
+    remarks,
     write_agreement,
 )
 from calig.pipeline.metrics import bootstrap_interval
@@ -66,7 +68,8 @@ def agreement_rows(flows: Iterable[Mapping[str, Any]], seed: int = 0) -> list[Ag
         rows.append(
             AgreementRow(
                 *(method, *CONFIGURATIONS[place], layer, mean["normalised"], low, high),
-                *(mean["raw"], mean["correlation"], mean["ratio"], len(usable)),
+                *(mean["raw"], mean["correlation"], mean["ratio"]),
+                *(mean["vanished"], mean["refused"], mean["refused_attention"], len(usable)),
             )
         )
     overall = {row[:4]: row.normalised for row in rows if row.layer == ALL}
@@ -82,14 +85,19 @@ def show(context: RunContext, rows: Sequence[AgreementRow]) -> None:
         ["block = att + mlp ↓", *shown, ALL, "corr ↑", "ratio"],
         [
             [
-                f"{names[1]} = {names[2]} + {names[3]}".replace("att_", "").replace("_ratio", ""),
+                "{} = {} + {}".format(*marked(names[1:], line[ALL])).replace("att_", "").replace("_ratio", ""),
                 *(_short(line[layer].normalised) if layer in line else "-" for layer in [*shown, ALL]),
                 _short(line[ALL].correlation),
                 f"{line[ALL].ratio:.2f}",
             ]
             for names, line in by_configuration(rows).items()
         ],
-        f"baselines of the three flows; ratio of their sums; in full: {context.directory / AGREEMENT_FILE}",
+        "\n".join(
+            [
+                *remarks(rows),
+                f"baselines of the three flows; ratio of their sums; in full: {context.directory / AGREEMENT_FILE}",
+            ]
+        ),
     )
 
 

@@ -5,7 +5,8 @@
 The published package needs transformers 4, so it runs in a Python of its own: `--peer-python` names one in which
 layer-wise-integrated-gradients is installed. Both work on the same text, in turn, and medians of processor time are
 compared, which what else runs on the machine hardly changes. The package's 32 steps of the trapezoid rule stand
-against Gauss-Legendre nodes here; a target counts as met only where the error here is the smaller one. Errors are the
+against Gauss-Legendre nodes here; a target counts as met only where the error here is the smaller one, and is left open
+where the package's error is not known: without `--peer-python`, and for heads, which it does not have. Errors are the
 worst completeness gap (a column's sum against what it must be, relative) and the distance from a map of 256 nodes in
 float64, relative to its length.
 
@@ -16,6 +17,7 @@ Without `--peer-python` the recorded seconds of the package are compared with wa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -96,7 +98,7 @@ class Row:
     nodes: int
     ratio: float
     target: float | None
-    met: bool | None
+    met: bool | None  # None: not judged
     seconds: float
     peer_seconds: float
     gap: float
@@ -114,12 +116,26 @@ class Peer:
         command = [str(python), str(script), str(folder), text, str(PEER_STEPS), str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
+    @staticmethod
+    def what_is_wrong(python: Path) -> str | None:
+        """Why the package cannot be run with this Python, None where it can."""
+        try:
+            probe = [str(python), "-c", "import lig.adapters.encoder, torch"]
+            done = subprocess.run(probe, capture_output=True, text=True, check=False)
+        except OSError as error:
+            return f"it cannot be started ({error.strerror})"
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            return f"it cannot import the published package ({last}); install layer-wise-integrated-gradients there"
+        return None
+
     def run(self, part: Part, targets: list[int]) -> tuple[float, Tensor]:
         """Processor seconds, and the maps (L, ..., source or dimension, target)."""
         assert self.process.stdin is not None and self.process.stdout is not None
         asked = {"part": part.peer, "baseline": part.baseline, "targets": targets}
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and there is no line to read
+            self.process.stdin.write(json.dumps(asked) + "\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"the published package ended with code {self.process.wait()}; its messages stand above.")
@@ -183,12 +199,14 @@ def measure(part: Part, ours: Ours, fine: Ours, nodes: list[int], peer: Peer | N
         gap, distance = errors(torch.stack([flow.values for flow in ours.run(part, count)]).double(), exact, every)
         ratio = theirs / spent
         judged = count == nodes[0]
-        met = ratio >= part.target and (peer_gap is None or (gap < peer_gap and distance < peer_distance))
+        met = None
+        if judged and peer_gap is not None and peer_distance is not None:
+            met = ratio >= part.target and gap < peer_gap and distance < peer_distance
         note = f"package: {len(asked)} of {tokens} targets, scaled" if peer and len(asked) < tokens else ""
         note = note if peer else "package: recorded, another machine"
         rows.append(
             Row(
-                *(part.name, count, ratio, part.target if judged else None, met if judged else None),
+                *(part.name, count, ratio, part.target if judged else None, met),
                 *(spent, theirs, gap, peer_gap, distance, peer_distance, note),
             )
         )
@@ -200,7 +218,7 @@ def show(rows: list[Row]) -> None:
         return "-" if value is None else f"{value:.1e}"
 
     for row in rows:
-        verdict = {True: "met", False: "MISSED", None: ""}[row.met]
+        verdict = {True: "met", False: "MISSED", None: "" if row.target is None else "open"}[row.met]
         target = "" if row.target is None else f">= {row.target:g}"
         print(
             f"{row.part:20s} n={row.nodes:<4d} {row.ratio:8.1f}x {target:8s} {verdict:7s} "
@@ -239,21 +257,34 @@ def text_of(tokenizer: Any, tokens: int) -> str:
     return text
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a BERT-like encoder to measure instead of the random one")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[12, 32], help="the targets are for the first")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=positive, default=32)
+    parser.add_argument("--nodes", type=positive, nargs="+", default=[12, 32], help="the targets are for the first")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--peer-python", type=Path, help="a Python that has the published package")
     parts = ["layer", "mlp", "att"]
     parser.add_argument("--peer-parts", nargs="*", choices=parts, default=parts, help="what to run of the package")
-    parser.add_argument("--att-targets", type=int, help="run the package's att for so many targets, and scale")
+    parser.add_argument("--att-targets", type=positive, help="run the package's att for so many targets, and scale")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     options = parser.parse_args()
     if not options.peer_python and options.tokens != RECORDED_TOKENS:
         parser.error(f"--tokens={options.tokens} needs --peer-python: recorded is {RECORDED_TOKENS} tokens")
+    if options.model and not options.model.is_dir():
+        parser.error(f"--model={options.model}: no such folder")
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json={options.json}: there is no folder to write it into")
+    if options.peer_python and (wrong := Peer.what_is_wrong(options.peer_python)):
+        parser.error(f"--peer-python={options.peer_python}: {wrong}")
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as made:
         folder = options.model or Path(made)

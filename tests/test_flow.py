@@ -5,20 +5,21 @@ import csv
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_batch, make_bert
 from test_cli import TINY
-from test_lig import gpt2
+from test_lig import composed_by_hand, gpt2, with_biases
 from test_render import HOSTILE
 
 from calig.pipeline.attribution import ExplainableModel, attribute
 from calig.pipeline.attribution.agreement import CONFIGURATIONS, MEASURES, ZERO_NODES, Configuration, block_agreement
 from calig.pipeline.attribution.within_block import take_apart
 from calig.pipeline.cli import main
-from calig.pipeline.flow_rows import ALL, read_agreement, write_agreement
-from calig.pipeline.flow_summary import agreement_rows
+from calig.pipeline.flow_rows import ALL, marked, read_agreement, remarks, write_agreement
+from calig.pipeline.flow_summary import agreement_rows, show
 from calig.pipeline.records import read_rows
 from calig.pipeline.render.flow import MAX_BYTES, STRONGEST, flow_pictures, shares
 from calig.pipeline.render.report import render_report
@@ -47,22 +48,8 @@ def naive(direct, composed):
     return [sum(column) / len(column) for column in zip(*found)]
 
 
-def composed_by_hand(att, mlp):
-    heads, tokens = att.shape[0], att.shape[1]
-    result = torch.zeros(tokens, tokens, dtype=torch.float64)
-    for i in range(tokens):
-        for j in range(tokens):
-            for h in range(heads):
-                result[i, j] += att[h, i, j] / att[h, :, j].sum() * mlp[j, h]
-    return result
-
-
 def test_every_configuration_equals_the_methods_own_flows_put_together_by_hand():
-    model, batch = make_bert(2, dtype=torch.float64), make_batch((6,))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # of zeros, a path from 0 would happen at its start
-                parameter.normal_(std=0.3)
+    model, batch = with_biases(make_bert(2, spread=0.6, dtype=torch.float64), std=0.3), make_batch((6,))
     found = attribute(model, batch, "lig", steps=ZERO_NODES, agreement=True).parts["agreement"]
     assert found.shape == (1, 2, len(CONFIGURATIONS), len(MEASURES)) and len(CONFIGURATIONS) == 24
 
@@ -76,7 +63,21 @@ def test_every_configuration_equals_the_methods_own_flows_put_together_by_hand()
         for layer in range(2):
             direct = by_baseline[names.direct]["layer"][0, layer].double()
             composed = composed_by_hand(by_baseline[names.attention]["att"][0, layer], mlp[names.mlp][0, layer])
-            assert found[0, layer, place].tolist() == pytest.approx(naive(direct, composed), rel=2e-3, abs=2e-3), names
+            shares = [refused_by_hand(by_baseline, names.direct, "layer", layer)]
+            shares += [refused_by_hand(by_baseline, names.attention, "att", layer)]
+            expected = [*naive(direct, composed), 0.0, *shares]
+            assert found[0, layer, place].tolist() == pytest.approx(expected, rel=2e-3, abs=2e-3), names
+    counted = found[..., [MEASURES.index("refused"), MEASURES.index("refused_attention")]]
+    assert (counted > 0).flatten(0, 2).any(0).all() and (counted < 1).all()
+
+
+def refused_by_hand(parts, baseline, part, layer):
+    """Share of the columns whose self share is no share."""
+    if baseline != "itb_zero_ratio":
+        return 0.0
+    maps = parts["zero"][part][0, layer].reshape(-1, 6, 6)
+    ratios = [float(one[j, j] / one[:, j].sum()) for one in maps for j in range(6)]
+    return sum(not 0 <= r <= 1 for r in ratios) / len(ratios)
 
 
 def test_blocks_with_their_norm_in_front_leave_out_what_is_ill_posed():
@@ -89,6 +90,8 @@ def test_blocks_with_their_norm_in_front_leave_out_what_is_ill_posed():
             possible = names.direct == "itb" and names.attention in ("itb", "itb_map_ratio")
             possible &= kind == "heads" or names.mlp == "att_itb_a0"
             assert bool(values[1].isfinite()) == possible, (kind, names)
+            # Nothing flows into the first token of a decoder but itself.
+            assert not possible or float(values[MEASURES.index("vanished")]) == pytest.approx(1 / 6), (kind, names)
 
 
 def test_agreement_is_as_before_whatever_stands_beside_it():
@@ -104,10 +107,10 @@ def test_agreement_is_as_before_whatever_stands_beside_it():
 # --- rows
 
 
-def row_of(values, layers=(0, 2)):
+def row_of(values, layers=(0, 2), shares=(0.0, 0.0, 0.0)):
     """A sample whose first configuration has these normalised L2 by layer; the others have none."""
     table = torch.full((len(layers), len(CONFIGURATIONS), len(MEASURES)), torch.nan)
-    table[:, 0] = torch.tensor([[10 * value, value, 1 - value, 2 * value] for value in values])
+    table[:, 0] = torch.tensor([[10 * value, value, 1 - value, 2 * value, *shares] for value in values])
     return {"method": "lig", "layers": list(layers), "agreement": table.tolist()}
 
 
@@ -128,10 +131,34 @@ def test_rows_are_means_over_samples_with_their_interval(tmp_path):
 
 def test_the_best_configuration_stands_first():
     one, other = row_of([0.5], (0,)), row_of([0.5], (0,))
-    other["agreement"][0][3] = [0.1, 0.1, 1.0, 1.0]
+    other["agreement"][0][3] = [0.1, 0.1, 1.0, 1.0, 0.0, 0.0, 0.0]
     rows = agreement_rows([one, other])
     assert rows[0][1:4] == CONFIGURATIONS[3] and rows[-1][1:4] == CONFIGURATIONS[0]
     assert isinstance(CONFIGURATIONS[3], Configuration)
+
+
+def test_columns_that_kept_itb_or_vanish_are_counted_and_said(tmp_path):
+    first = [row_of([0.2, 0.4], shares=(0.25, 1.0, 0.5)), row_of([0.2, 0.4], shares=(0.75, 0.0, 0.002))]
+    rows = agreement_rows(first)
+    for row in rows:
+        assert (row.vanished, row.refused, row.refused_attention) == pytest.approx((0.5, 0.5, 0.251))
+    assert marked(("one", "other", "mlp"), rows[0]) == ("one*", "other*", "mlp")
+    assert marked(("one", "other", "mlp"), rows[0]._replace(refused=0.0)) == ("one", "other*", "mlp")
+    said = remarks(rows)
+    assert "25 to 50 % of the columns" in said[0] and said[0].startswith("*") and "50 % of the targets" in said[1]
+    assert "<1 %" in remarks([row._replace(refused=0.0, refused_attention=0.001) for row in rows])[0]
+    printed = []
+    console = SimpleNamespace(table=lambda *table: printed.append(table))
+    show(SimpleNamespace(console=console, directory=tmp_path), rows)
+    (_, _, lines, note) = printed[0]
+    assert lines[0][0] == "itb* = itb* + itb_a0" and note.splitlines()[:2] == said
+    page = render_report(ReportData(title="a run", agreement=rows))
+    names = CONFIGURATIONS[0]
+    assert f"{names.direct}* <small>{names.attention}*, {names.mlp}</small>" in page
+    assert all(f"{one}. " in page for one in said)
+    plain = agreement_rows([row_of([0.2, 0.4])])
+    assert remarks(plain) == []
+    assert f"{names.direct} <small>" in render_report(ReportData(title="a run", agreement=plain))
 
 
 # --- the picture
@@ -211,6 +238,7 @@ def test_a_run_keeps_flows_table_and_picture(run_dir):
     with (run_dir / "flow_agreement.csv").open() as stream:
         table = list(csv.DictReader(stream))
     assert len(table) == 24 * 3 and {row["layer"] for row in table} == {"1", "2", "all"}
+    assert {"vanished", "refused", "refused_attention"} <= table[0].keys()
     assert {int(row["samples"]) for row in table} == {len(explained)}
     page = (run_dir / "report.html").read_text()
     assert page.count("<figure><figcaption>") == 3 and "Do attention and MLP add up" in page

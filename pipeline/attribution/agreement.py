@@ -29,8 +29,9 @@ from calig.pipeline.attribution.flow import (
 from calig.pipeline.attribution.within_block import Block
 from calig.pipeline.attribution.within_layer import Baseline, Composition, flow_agreement, is_ill_posed
 
-MEASURES = ("raw", "normalised", "correlation", "ratio")
-"""What is measured, in the order of the last axis; see `FlowAgreement`."""
+MEASURES = ("raw", "normalised", "correlation", "ratio", "vanished", "refused", "refused_attention")
+"""What is measured, in the order of the last axis: those of `FlowAgreement`, and of the columns of the direct flow and
+of attention's the share that kept `itb` for want of a self share between 0 and 1 (LIG.md 3)."""
 
 ZERO_NODES = 128
 """Nodes of paths from 0, which are stiff; at least this many (LIG.md 5: 64 to 192)."""
@@ -42,6 +43,13 @@ class Configuration(NamedTuple):
     direct: Baseline
     attention: Baseline
     mlp: MLPBaseline
+
+
+class _Measured(NamedTuple):
+    """A flow, and the share of its columns that kept `itb`."""
+
+    flow: Flow
+    refused: float = 0.0
 
 
 _DIRECT: tuple[Baseline, ...] = ("itb", "itb_zero_ratio", "zero")
@@ -60,7 +68,7 @@ def block_agreement(block: Block, nodes: int, composition: Composition, max_toke
         max_tokens: Rows of one internal pass.
 
     Returns:
-        (C, 4) means over the real targets of `MEASURES`; NaN where a configuration is ill-posed for the block or no
+        (C, 7) means over the real targets of `MEASURES`; NaN where a configuration is ill-posed for the block or no
         target has a value.
     """
     direct, attention = _by_baseline(block, nodes, max_tokens)
@@ -72,32 +80,41 @@ def block_agreement(block: Block, nodes: int, composition: Composition, max_toke
     }
     pairs = [(one, other) for one in attention for other in mlp]
     composed = [
-        compose_heads(attention[one], mlp[other])
+        compose_heads(attention[one].flow, mlp[other])
         if composition == "heads"
-        else compose_slices(attention[one].values, mlp[other])
+        else compose_slices(attention[one].flow.values, mlp[other])
         for one, other in pairs
     ]
     found = dict.fromkeys(CONFIGURATIONS, torch.full((len(MEASURES),), torch.nan))
-    for name, values in direct.items():
-        agreement = flow_agreement(values.expand(1, len(pairs), -1, -1), torch.stack(composed)[None], block.real[None])
-        means = torch.stack([getattr(agreement, measure)[0].nanmean(-1) for measure in MEASURES], dim=-1)
-        found.update({Configuration(name, *pair): mean for pair, mean in zip(pairs, means.cpu(), strict=True)})
+    for name, (flow, refused) in direct.items():
+        several = flow.values.expand(1, len(pairs), -1, -1)
+        agreement = flow_agreement(several, torch.stack(composed)[None], block.real[None])
+        means = torch.stack([values[0].nanmean(-1) for values in agreement], dim=-1).cpu()
+        for (one, other), mean in zip(pairs, means, strict=True):
+            shares = mean.new_tensor([refused, attention[one].refused])
+            found[Configuration(name, one, other)] = torch.cat([mean, shares])
     return torch.stack([found[configuration].to(torch.float32) for configuration in CONFIGURATIONS])
 
 
-def _by_baseline(block: Block, nodes: int, max_tokens: int) -> tuple[dict[Baseline, Tensor], dict[Baseline, Flow]]:
+def _by_baseline(
+    block: Block, nodes: int, max_tokens: int
+) -> tuple[dict[Baseline, _Measured], dict[Baseline, _Measured]]:
     """The direct flow (T, T) and the attention flow (H, T, T) from every baseline that the block allows."""
     paths = InputTokenPaths(block)
-    layer, att = layer_flow(paths, block, nodes, max_tokens).values, attention_flow(paths, nodes)
+    layer, att = layer_flow(paths, block, nodes, max_tokens), attention_flow(paths, nodes)
     own = block.probabilities.diagonal(dim1=-2, dim2=-1)
-    by_map = give_self_share(att.values, own, torch.ones_like(own, dtype=torch.bool)).values
-    direct: dict[Baseline, Tensor] = {"itb": layer}
-    attention: dict[Baseline, Flow] = {"itb": att, "itb_map_ratio": Flow(by_map, att.total)}
+    by_map = _with_self_share(att, own, torch.ones_like(own, dtype=torch.bool), block.real)
+    direct: dict[Baseline, _Measured] = {"itb": _Measured(layer)}
+    attention: dict[Baseline, _Measured] = {"itb": _Measured(att), "itb_map_ratio": by_map}
     if not is_ill_posed(block, "zero", "att_itb_a0", "heads"):
         zero, more = ZeroPaths(block), max(nodes, ZERO_NODES)
-        direct["zero"] = layer_flow(zero, block, more, max_tokens).values
-        attention["zero"] = attention_flow(zero, more)
-        direct["itb_zero_ratio"] = give_self_share(layer, *self_share(direct["zero"])).values
-        by_zero = give_self_share(att.values, *self_share(attention["zero"].values)).values
-        attention["itb_zero_ratio"] = Flow(by_zero, att.total)
+        zeros = layer_flow(zero, block, more, max_tokens), attention_flow(zero, more)
+        for flows, itb, other in zip((direct, attention), (layer, att), zeros, strict=True):
+            flows["zero"] = _Measured(other)
+            flows["itb_zero_ratio"] = _with_self_share(itb, *self_share(other.values), block.real)
     return direct, attention
+
+
+def _with_self_share(itb: Flow, ratio: Tensor, defined: Tensor, real: Tensor) -> _Measured:
+    given = give_self_share(itb.values, ratio, defined)
+    return _Measured(Flow(given.values, itb.total), float(given.refused[..., real].float().mean()))

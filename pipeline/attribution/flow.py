@@ -265,11 +265,11 @@ class Ratio:
 
     Attributes:
         values: The map, (..., T, T) by source and target.
-        refused: Columns that kept theirs because the share was outside [0, 1] or could not be formed.
+        refused: (..., T) columns that kept theirs because the share was outside [0, 1] or could not be formed.
     """
 
     values: Tensor
-    refused: int
+    refused: Tensor
 
 
 def give_self_share(itb: Tensor, ratio: Tensor, defined: Tensor) -> Ratio:
@@ -284,7 +284,7 @@ def give_self_share(itb: Tensor, ratio: Tensor, defined: Tensor) -> Ratio:
     r = torch.where(usable, ratio, 0.0)[..., None, :]
     total = itb.sum(-2)
     values = (1 - r) * itb + torch.diag_embed(r.squeeze(-2) * total)
-    return Ratio(values, int((~usable).sum()))
+    return Ratio(values, ~usable)
 
 
 def self_share(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,8 +45,10 @@ class BlockFlows:
         att_total: (H, T) what the columns of `att` sum to.
         mlp_total: (T,) likewise for `mlp`.
         layer_total: (T,) likewise for `layer`.
-        gap: The largest relative error of a column's sum, in any of the three integrated parts.
-        refused: Columns that kept the `itb` map because their self share was undefined or outside [0, 1].
+        gap: The largest relative error of a column's sum, in any of the three integrated parts and, where self shares
+            come from them, of the maps from 0.
+        refused: Columns of `att` and `layer` that kept the `itb` map because their self share was undefined or outside
+            [0, 1].
     """
 
     att: Tensor
@@ -108,14 +110,16 @@ def block_flows(
     mlp_flow = head_mlp_flow if composition == "heads" else slice_mlp_flow
     mlp = mlp_flow(block, mlp_baseline, nodes, max_tokens)
     real = block.real
-    gap = max(_gap(flow, real) for flow in (att, layer, Flow(mlp.values.T, mlp.total)))
+    integrated = [att, layer, Flow(mlp.values.T, mlp.total)]
     refused = 0
     if baseline == "itb_zero_ratio":
         zero = ZeroPaths(block)
-        for_att = give_self_share(att.values, *self_share(attention_flow(zero, nodes).values))
-        for_layer = give_self_share(layer.values, *self_share(layer_flow(zero, block, nodes, max_tokens).values))
+        att_zero, layer_zero = attention_flow(zero, nodes), layer_flow(zero, block, nodes, max_tokens)
+        integrated += [att_zero, layer_zero]  # stiff, so these decide how many nodes are enough
+        for_att = give_self_share(att.values, *self_share(att_zero.values))
+        for_layer = give_self_share(layer.values, *self_share(layer_zero.values))
         att, layer = Flow(for_att.values, att.total), Flow(for_layer.values, layer.total)
-        refused = for_att.refused + for_layer.refused
+        refused = sum(int(one.refused[..., real].sum()) for one in (for_att, for_layer))
     elif baseline == "itb_map_ratio":
         share = block.probabilities.diagonal(dim1=-2, dim2=-1)
         att = Flow(give_self_share(att.values, share, torch.ones_like(share, dtype=torch.bool)).values, att.total)
@@ -129,7 +133,7 @@ def block_flows(
         att_total=torch.where(real, att.total, 0.0),
         mlp_total=torch.where(real, mlp.total, 0.0),
         layer_total=torch.where(real, layer.total, 0.0),
-        gap=gap,
+        gap=max(_gap(flow, real) for flow in integrated),
         refused=refused,
     )
 
@@ -172,12 +176,15 @@ class FlowAgreement(NamedTuple):
         normalised: (B, L, T) the same, each column divided by its absolute sum first.
         correlation: (B, L, T) Pearson correlation of the two columns.
         ratio: (B, L, T) sum of the composed column over that of the direct one.
+        vanished: (B, L, T) 1 where one of the two columns vanishes (that of a first causal token) and all but `raw` is
+            undefined, else 0.
     """
 
     raw: Tensor
     normalised: Tensor
     correlation: Tensor
     ratio: Tensor
+    vanished: Tensor
 
 
 def flow_agreement(direct: Tensor, composed: Tensor, mask: Tensor) -> FlowAgreement:
@@ -211,6 +218,7 @@ def flow_agreement(direct: Tensor, composed: Tensor, mask: Tensor) -> FlowAgreem
         normalised=torch.where(present, (shares[0] - shares[1]).norm(dim=-2), nan),
         correlation=torch.where(present & (norms > 0), correlation, nan),
         ratio=torch.where(summed, other.sum(-2) / torch.where(summed, total, 1.0), nan),
+        vanished=torch.where(real, (~present).to(nan.dtype), nan),
     )
 
 

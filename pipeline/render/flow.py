@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from calig.pipeline.flow_rows import ALL, AgreementRow, by_configuration
+from calig.pipeline.flow_rows import ALL, AgreementRow, by_configuration, marked, remarks
 from calig.pipeline.render.color import abs_scale
 from calig.pipeline.render.pieces import is_special, merge_pieces
 from calig.pipeline.render.rows import FlowSample
@@ -65,22 +65,22 @@ def shares(flow: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[value / total[j] if total[j] > 1e-12 else 0.0 for j, value in enumerate(row)] for row in flow]
 
 
-def agreement_table(rows: Sequence[AgreementRow]) -> tuple[list[str], list[AgreementLine]]:
-    """The layers, and a line for each configuration, the best first."""
+def agreement_table(rows: Sequence[AgreementRow]) -> tuple[list[str], list[AgreementLine], list[str]]:
+    """The layers, a line for each configuration, the best first, and what to say of the columns behind them."""
     layers = list(dict.fromkeys(row.layer for row in rows if row.layer != ALL))
     lines = []
     for names, line in by_configuration(rows).items():
         overall = line[ALL]
         lines.append(
             AgreementLine(
-                names[1:],
+                marked(names[1:], overall),
                 [f"{line[layer].normalised:.3f}" if layer in line else "–" for layer in [*layers, ALL]],
                 f"{overall.low:.3f} to {overall.high:.3f}",
                 f"{overall.correlation:.2f}".replace("-", "−"),
                 f"{overall.ratio:.2f}",
             )
         )
-    return layers, lines
+    return layers, lines, remarks(rows)
 
 
 def _picture(sample: FlowSample) -> FlowPicture:

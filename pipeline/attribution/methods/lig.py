@@ -36,7 +36,8 @@ class LIGOptions:
     agreement: bool = False
     """Also measure how well compositions agree with the whole block, for every baseline: several times the cost."""
     layers: list[int] | None = None
-    """Blocks to look into, counted from 0; null takes all."""
+    """Blocks to look into, counted from 0, each once; null takes all. The parts come in the order given, relevance
+    goes through the blocks in that of the model."""
     steps: int | Literal["auto"] = 32
     """Gauss-Legendre nodes; `auto` doubles them from 16 until every column sums to what it must."""
     tolerance: float = 0.02
@@ -55,6 +56,8 @@ class LIGOptions:
             )
         if self.layers is not None and not self.layers:
             raise InputError("layers is empty: name at least one block, or leave it out for all.")
+        if self.layers is not None and len(set(self.layers)) < len(self.layers):
+            raise InputError(f"layers names a block twice: {self.layers}; name each once.")
 
 
 class LIG(AttributionMethod):
@@ -65,8 +68,9 @@ class LIG(AttributionMethod):
     `parts`: `att` (B, L, H, T, T), `mlp` (B, L, T, H), or (B, L, T, D) for `slices`, `layer` and `composed`
     (B, L, T, T), the totals that their columns sum to, `att_total` (B, L, H, T), `mlp_total` and `layer_total`
     (B, L, T), and `refused` (B, L), columns without a usable self share. `completeness_gap` is (B, L): the largest
-    relative error of a column's sum in a block. With `layers`, L counts those. `agreement=True` adds `agreement`
-    (B, L, C, 4): for the `CONFIGURATIONS` of `calig.pipeline.attribution.agreement` its `MEASURES`, means over targets.
+    relative error of a column's sum in a block, also in the maps from 0 that `itb_zero_ratio` takes shares from. With
+    `layers`, L counts those. `agreement=True` adds `agreement` (B, L, C, 7): for the `CONFIGURATIONS` of
+    `calig.pipeline.attribution.agreement` its `MEASURES`, means over targets.
     """
 
     name = "lig"
@@ -109,13 +113,14 @@ class LIG(AttributionMethod):
         # itb_map_ratio is attention's alone: the direct flow of the layer stays without a self share.
         own = options.baseline in ("zero", "itb_zero_ratio")
         own |= options.baseline == "itb_map_ratio" and options.flow == "composed"
-        layers = flow_scores(flow, ends.readout, inputs.mask, has_self_share=own)
+        order = torch.tensor(options.layers or range(flow.shape[1])).argsort()
+        layers = flow_scores(flow[:, order], ends.readout, inputs.mask, has_self_share=own)
         gap = torch.stack([example[0]["gap"] for example in examples])
         for name in ("refused", "agreement") if options.agreement else ("refused",):
             parts[name] = torch.stack([example[0][name] for example in examples])
         return Attribution(
             scores=torch.where(inputs.mask, layers[:, -1], 0.0),
-            layer_scores=torch.where(inputs.mask[:, None], layers, 0.0),
+            layer_scores=torch.where(inputs.mask[:, None], layers[:, order.argsort()], 0.0),
             flow=flow,
             target=objective.target,
             mask=inputs.mask,
