@@ -61,4 +61,8 @@ def test_without_the_extra_it_says_how_to_get_it(tmp_path):
     code = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['x', '--entity', 'e', '--dry-run']; "
     code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "pip install -e '.[workspace]' in the folder of calig" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "pip install -e '.[workspace]' in the folder of calig" in done.stderr
+        and "Traceback" not in done.stderr
+    )
