@@ -91,12 +91,12 @@ def explain_parts(explainer: Explainer, batch: Mapping[str, Any]) -> Explained:
         if explainer.settings.strict:
             raise
         reason = f"{type(error).__name__}: {error}"
-    ids = batch["sample_id"]
+    ids, rows = batch["sample_id"], Explained()
     if len(ids) > 1:
-        rows = Explained()
         for half in torch.arange(len(ids)).tensor_split(2):
             rows.extend(explain_parts(explainer, take_rows(batch, half, len(ids))))
         return rows
-    wanted = explainer.settings.wanted(explainer.settings.methods, int(ids[0]))
-    failures = [{"sample_id": int(ids[0]), "method": name, "reason": reason} for name in wanted]
-    return Explained(failures=failures)
+    sample_id = int(ids[0])
+    for name in explainer.settings.wanted(explainer.settings.methods, sample_id):
+        rows.fail([sample_id], name, reason)
+    return rows

@@ -176,7 +176,7 @@ def explain_each(
             else:
                 method = next(iter(explainer.settings.methods))
                 reason = f"{type(error).__name__}: {error}"
-                rows.failures.append({"sample_id": indices[0], "method": method, "reason": reason})
+                rows.fail([indices[0]], method, reason)
     return rows
 
 

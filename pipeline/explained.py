@@ -35,7 +35,7 @@ class Explained:
         self.flows += other.flows
         self.files |= other.files
 
-    def fail(self, ids: Sequence[int], method: str, reason: str, strict: bool) -> None:
+    def fail(self, ids: Sequence[int], method: str, reason: str, strict: bool = False) -> None:
         """Note that a method failed on some samples.
 
         Raises:

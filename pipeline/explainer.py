@@ -21,11 +21,7 @@ from calig.pipeline.explained import NON_FINITE_OUTPUT, Explained
 from calig.pipeline.heads import Head
 from calig.pipeline.image_rows import image_facts, patch_numbers
 from calig.pipeline.measuring import Measurer
-from calig.pipeline.metrics.names import (
-    DEFAULT_METRICS,
-    PerturbationTarget,
-    operator_name,
-)
+from calig.pipeline.metrics.names import DEFAULT_METRICS, PerturbationTarget, operator_name
 from calig.pipeline.metrics.sensitivity import take_rows
 from calig.pipeline.perturbers import perturber
 

@@ -308,7 +308,7 @@ def _explain(
 
     def fail(flags: Tensor, reason: str) -> None:
         new = {ids[i] for i in flags.nonzero().flatten().tolist()} - {row["sample_id"] for row in result.failures}
-        result.failures += [{"sample_id": i, "method": method, "reason": reason} for i in sorted(new)]
+        result.fail(sorted(new), method, reason)
 
     finite = logits.isfinite().all(dim=1)
     fail(~finite, NON_FINITE_OUTPUT)

@@ -28,6 +28,18 @@ class BaselineOptions:
     images too. `black` and `blur` are for images, `mask` and `unk` for text."""
 
 
+def check_nodes(steps: int | Literal["auto"], tolerance: float) -> None:
+    """Check the options that every method with nodes has.
+
+    Raises:
+        InputError: Too few nodes, or a tolerance that no error can be below or that all are.
+    """
+    if isinstance(steps, int) and steps < 2:
+        raise InputError(f"steps takes 'auto' or at least 2 nodes, got {steps}.")
+    if not 0 < tolerance < math.inf:
+        raise InputError(f"tolerance takes a finite positive number, got {tolerance}.")
+
+
 @dataclass(frozen=True)
 class PathOptions(BaselineOptions):
     """Options of a method that integrates gradients along a path (METHODS 1)."""
@@ -40,10 +52,7 @@ class PathOptions(BaselineOptions):
     """Nodes after which `auto` gives up on an example and flags it."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, int) and self.steps < 2:
-            raise InputError(f"steps takes 'auto' or at least 2 nodes, got {self.steps}.")
-        if not 0 < self.tolerance < math.inf:
-            raise InputError(f"tolerance takes a finite positive number, got {self.tolerance}.")
+        check_nodes(self.steps, self.tolerance)
         if self.max_steps < 9:
             raise InputError(f"max_steps takes at least 9 nodes (where `auto` starts), got {self.max_steps}.")
 
@@ -63,7 +72,7 @@ class AttributionMethod(ABC):
     summary: ClassVar[str]
     """One line for `calig methods`."""
     source: ClassVar[str]
-    """The paper, and the section of METHODS.md."""
+    """The paper."""
     needs_attention: ClassVar[bool] = False
     """Whether the attention maps of the model are needed."""
     signed: ClassVar[bool] = True

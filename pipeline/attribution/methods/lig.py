@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from calig.pipeline.attribution.methods.base import AttributionMethod
+from calig.pipeline.attribution.methods.base import AttributionMethod, check_nodes
 from calig.pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,10 +45,7 @@ class LIGOptions:
     """Nodes that `auto` does not go beyond."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, int) and self.steps < 2:
-            raise InputError(f"steps takes 'auto' or at least 2 nodes, got {self.steps}.")
-        if not 0 < self.tolerance < math.inf:
-            raise InputError(f"tolerance takes a finite positive number, got {self.tolerance}.")
+        check_nodes(self.steps, self.tolerance)
         if self.max_steps < _FIRST_NODES:
             raise InputError(
                 f"max_steps takes at least {_FIRST_NODES} nodes, where `auto` starts; got {self.max_steps}."
